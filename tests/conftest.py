@@ -1,0 +1,51 @@
+"""Folders of reference material, and what happens where they are missing.
+
+``--golden`` holds cases computed by other projects' own code, ``--data-dir`` real pictures, cfgs and weights. Neither is
+part of the repository: tests that need them skip with a reason; with CI=true a skip is a failure where the folder exists.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", type=Path, default=ROOT.parent / "shared" / "golden", help="folder of golden cases")
+    parser.addoption("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="folder of real data")
+
+
+def pytest_configure(config):
+    # one thread per process: results do not depend on the machine, and two cores stay usable
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def _folder(config, option: str) -> Path:
+    folder = config.getoption(option)
+    if not folder.is_dir():
+        pytest.skip(f"{option}: no folder {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(pytestconfig) -> Path:
+    """Folder of golden cases."""
+    return _folder(pytestconfig, "--golden")
+
+
+@pytest.fixture(scope="session")
+def data_dir(pytestconfig) -> Path:
+    """Folder of real data (cfg/, weights/, images/, bccd/, coco-mini/, map-reference/)."""
+    return _folder(pytestconfig, "--data-dir")
+
+
+def pytest_generate_tests(metafunc):
+    """``@pytest.mark.golden_case("yolov3/*.npz")`` runs a test once per file found there, as argument ``case``."""
+    for mark in metafunc.definition.iter_markers("golden_case"):
+        folder = metafunc.config.getoption("--golden")
+        files = sorted(folder.glob(mark.args[0]))
+        reason = pytest.mark.skip(reason=f"--golden: no {mark.args[0]} under {folder}")
+        cases = [pytest.param(f, id=str(f.relative_to(folder))) for f in files] or [pytest.param(None, marks=reason)]
+        metafunc.parametrize("case", cases)

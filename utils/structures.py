@@ -1,0 +1,164 @@
+"""The data's nouns. Boxes are float32 xyxy in pixels; which pixels is part of each type.
+
+Letters: B images, N objects, R ignore regions, n rows of one image, H W height and width.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Letterbox:
+    """How an image was placed on the network's canvas: ``canvas = image * scale + pad``.
+
+    Law: ``undo(apply(boxes)) == boxes`` up to float rounding. Darknet's plain stretch is the case of two different
+    scales and no pad.
+    """
+
+    scale: tuple[float, float] = (1.0, 1.0)  # x, y
+    pad: tuple[float, float] = (0.0, 0.0)  # left, top, in canvas pixels
+
+    def apply(self, boxes):
+        """Boxes [n, 4] (numpy or torch), original pixels -> canvas pixels."""
+        return boxes * self._like(boxes, self.scale * 2) + self._like(boxes, self.pad * 2)
+
+    def undo(self, boxes):
+        """Boxes [n, 4] (numpy or torch), canvas pixels -> original pixels. Does not clip."""
+        return (boxes - self._like(boxes, self.pad * 2)) / self._like(boxes, self.scale * 2)
+
+    @staticmethod
+    def _like(boxes, values):
+        if isinstance(boxes, Tensor):
+            return torch.tensor(values, dtype=boxes.dtype, device=boxes.device)
+        return np.asarray(values, dtype=boxes.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInfo:
+    """One picture's identity and how it was placed."""
+
+    id: int  # position in the data set's list of records; evaluation joins on it
+    path: str
+    size: tuple[int, int]  # height, width of the original, EXIF orientation applied
+    letterbox: Letterbox = Letterbox()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One annotated picture as a data set describes it, in pixels of the original (EXIF orientation applied).
+
+    A row with ``ignore`` is a region where nothing is right or wrong (COCO iscrowd, VOC difficult): no gradient inside,
+    not counted by evaluation. ``crowd`` marks those of them that COCO matches by intersection over detection area.
+    """
+
+    path: str
+    size: tuple[int, int]  # height, width
+    boxes: np.ndarray  # float32 [n, 4] xyxy
+    labels: np.ndarray  # int64 [n], 0-based position in names
+    ignore: np.ndarray  # bool [n]
+    crowd: np.ndarray  # bool [n], a subset of ignore
+    area: np.ndarray  # float32 [n], the annotated (mask) area where there is one, else width * height
+    image_id: int | str | None = None  # the data set's own id (COCO), for results files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture on its way to the network: the image and its boxes always move together."""
+
+    image: np.ndarray  # uint8 [H, W, C], RGB or grey
+    boxes: np.ndarray  # float32 [n, 4] xyxy, pixels of ``image``
+    labels: np.ndarray  # int64 [n]
+    ignore: np.ndarray  # bool [n]
+    info: ImageInfo
+
+    def replace(self, **changes) -> "Sample":
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The objects of a batch, flat: row i belongs to picture ``image[i]``; boxes in pixels of the network's input.
+
+    Ignore regions stand apart (``ignore_image`` [R], ``ignore_boxes`` [R, 4]), so that no assigner needs a boolean
+    mask over objects, which would be a device sync.
+    """
+
+    image: Tensor  # int64 [N], non-decreasing
+    labels: Tensor  # int64 [N]
+    boxes: Tensor  # float32 [N, 4] xyxy
+    ignore_image: Tensor  # int64 [R]
+    ignore_boxes: Tensor  # float32 [R, 4] xyxy
+
+    @classmethod
+    def of(cls, image, labels, boxes, ignore_image=None, ignore_boxes=None) -> "Targets":
+        """Targets without ignore regions unless they are given."""
+        if ignore_image is None:
+            ignore_image, ignore_boxes = image.new_zeros(0), boxes.new_zeros(0, 4)
+        return cls(image=image, labels=labels, boxes=boxes, ignore_image=ignore_image, ignore_boxes=ignore_boxes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, *args, **kwargs) -> "Targets":
+        return Targets(**{name: _to(value, *args, **kwargs) for name, value in vars(self).items()})
+
+    def pin_memory(self) -> "Targets":
+        return Targets(**{name: value.pin_memory() for name, value in vars(self).items()})
+
+
+def _to(tensor: Tensor, device=None, dtype=None, non_blocking: bool = False) -> Tensor:
+    """Move a tensor; a dtype applies to floating-point tensors only (indices stay integers)."""
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the loader hands over: images stay uint8 until they are on the device.
+
+    ``pin_memory`` is called by torch's loader; without the method it would silently pin nothing.
+    """
+
+    images: Tensor  # uint8 [B, C, H, W], channels-last in memory
+    targets: Targets
+    infos: tuple[ImageInfo, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device, non_blocking: bool = True) -> "Batch":
+        return Batch(
+            images=self.images.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+            infos=self.infos,
+        )
+
+    def pin_memory(self) -> "Batch":
+        return Batch(images=self.images.pin_memory(), targets=self.targets.pin_memory(), infos=self.infos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """What was found in one picture, best first. The producer says which pixels the boxes are in."""
+
+    boxes: Tensor  # float32 [n, 4] xyxy
+    scores: Tensor  # float32 [n] in 0..1
+    labels: Tensor  # int64 [n]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, rows) -> "Detections":
+        return Detections(boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows])
+
+    def cpu(self) -> "Detections":
+        return Detections(boxes=self.boxes.cpu(), scores=self.scores.cpu(), labels=self.labels.cpu())
+
+    def to_original(self, info: ImageInfo) -> "Detections":
+        """From pixels of the network's input to pixels of the original picture, clipped to it."""
+        boxes = info.letterbox.undo(self.boxes)
+        height, width = info.size
+        x, y = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
+        return replace(self, boxes=torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1))
