@@ -1,0 +1,171 @@
+"""Where detections go: drawn pictures and videos, label files, one json, crops. Everything lands in one run folder.
+
+Every file appears whole or not at all: it is written beside its name and renamed when it is complete.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from utils.datasets.sources import Frame
+from utils.draw import draw_detections
+from utils.errors import ResourceError
+from utils.files import atomic_write
+from utils.structures import Detections
+
+WRITABLE = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def safe_name(text: str) -> str:
+    """A class name or address as one harmless path component: no separators, no leading dots."""
+    return re.sub(r"[^\w.()+ -]+", "_", text).strip(". ")[:100] or "_"
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """RGB or grey uint8 [H, W, C] to a file in the format its suffix names."""
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.shape[2] == 3 else image
+    encoded, data = cv2.imencode(path.suffix, bgr)
+    assert encoded, f"OpenCV cannot encode {path.suffix}"
+    with atomic_write(path) as file:
+        file.write(data.tobytes())
+
+
+@dataclass(kw_only=True)
+class ResultWriter:
+    """Writes what was found, frame by frame, into ``folder``; ``close()`` finishes videos and the json."""
+
+    folder: Path
+    names: list[str]
+    save_images: bool = True  # pictures and videos with boxes drawn
+    save_txt: bool = False  # labels/*.txt: class cx cy w h [conf], relative; an empty file where nothing was found
+    save_conf: bool = False
+    save_json: bool = False  # detections.json
+    save_crop: bool = False  # crops/CLASS/*.jpg
+    line_thickness: int | None = None
+    hide_labels: bool = False
+    hide_conf: bool = False
+    fourcc: str = "mp4v"
+
+    _stems: dict[str, str] = field(default_factory=dict)  # frame path -> unique file stem
+    _json: list[dict] = field(default_factory=list)
+    _video: "VideoFile | None" = None
+
+    def write(self, frame: Frame, detections: Detections) -> np.ndarray | None:
+        """Write everything asked for about one frame (boxes in its own pixels).
+
+        Returns:
+            The drawn picture, if pictures are written.
+        """
+        stem, drawn = self._stem(frame), None
+        numbered = stem if frame.fps is None else f"{stem}_{frame.number:06d}"
+        if self.save_txt:
+            self._write_txt(numbered, frame, detections)
+        if self.save_json:
+            self._json.append(self._entry(frame, detections))
+        if self.save_crop:
+            self._write_crops(numbered, frame, detections)
+        if self.save_images:
+            drawn = draw_detections(
+                frame.image,
+                detections,
+                self.names,
+                line_thickness=self.line_thickness,
+                hide_labels=self.hide_labels,
+                hide_conf=self.hide_conf,
+            )
+            if frame.fps is None:
+                suffix = Path(frame.path).suffix.lower()
+                write_image(self.folder / f"{stem}{suffix if suffix in WRITABLE else '.jpg'}", drawn)
+            else:
+                self._video_for(frame, stem).append(drawn)
+        return drawn
+
+    def close(self) -> None:
+        if self._video:
+            self._video.close()
+            self._video = None
+        if self.save_json:
+            with atomic_write(self.folder / "detections.json") as file:
+                file.write(json.dumps(self._json, indent=1).encode())
+
+    def _stem(self, frame: Frame) -> str:
+        """A file stem of its own for every picture: ``a/x.jpg`` and ``b/x.png`` must not overwrite each other."""
+        if frame.path not in self._stems:
+            stem = safe_name(Path(frame.path).stem)
+            taken = set(self._stems.values())
+            number, unique = 2, stem
+            while unique in taken:
+                unique, number = f"{stem}_{number}", number + 1
+            self._stems[frame.path] = unique
+        return self._stems[frame.path]
+
+    def _write_txt(self, stem: str, frame: Frame, detections: Detections) -> None:
+        height, width = frame.image.shape[:2]
+        lines = []
+        for (x1, y1, x2, y2), score, label in _rows(detections):
+            numbers = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
+            numbers += [score] if self.save_conf else []
+            lines.append(f"{label} " + " ".join(f"{number:.6f}" for number in numbers) + "\n")
+        path = self.folder / "labels" / f"{stem}.txt"
+        path.parent.mkdir(exist_ok=True)
+        with atomic_write(path) as file:
+            file.write("".join(lines).encode())
+
+    def _entry(self, frame: Frame, detections: Detections) -> dict:
+        height, width = frame.image.shape[:2]
+        found = [
+            {"label": label, "name": self.names[label], "score": round(score, 6), "box": [round(edge, 3) for edge in box]}
+            for box, score, label in _rows(detections)
+        ]
+        return {"path": frame.path, "frame": frame.number, "width": width, "height": height, "detections": found}
+
+    def _write_crops(self, stem: str, frame: Frame, detections: Detections) -> None:
+        height, width = frame.image.shape[:2]
+        for number, (box, _, label) in enumerate(_rows(detections)):
+            x1, y1 = (max(0, int(edge)) for edge in box[:2])
+            x2, y2 = min(width, int(box[2]) + 1), min(height, int(box[3]) + 1)
+            if x2 > x1 and y2 > y1:
+                folder = self.folder / "crops" / safe_name(self.names[label])
+                folder.mkdir(parents=True, exist_ok=True)
+                write_image(folder / f"{stem}_{number}.jpg", frame.image[y1:y2, x1:x2])
+
+    def _video_for(self, frame: Frame, stem: str) -> "VideoFile":
+        """The open output of this frame's video; the previous one is finished when another begins."""
+        path = self.folder / f"{stem}.mp4"
+        if self._video is None or self._video.path != path:
+            if self._video:
+                self._video.close()
+            height, width = frame.image.shape[:2]
+            self._video = VideoFile(path, frame.fps, (width, height), self.fourcc)
+        return self._video
+
+
+class VideoFile:
+    """An mp4 under way: written as ``.part.mp4``, renamed when closed. Frames of another size are resized."""
+
+    def __init__(self, path: Path, fps: float, size: tuple[int, int], fourcc: str):
+        self.path, self.size = path, size
+        self.part = path.with_suffix(f".part{path.suffix}")
+        self.writer = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*fourcc), fps, size)
+        if not self.writer.isOpened():
+            raise ResourceError(path, f"cannot write a video with codec {fourcc!r}", "try --fourcc mp4v or --fourcc avc1")
+
+    def append(self, image: np.ndarray) -> None:
+        colour = cv2.COLOR_RGB2BGR if image.shape[2] == 3 else cv2.COLOR_GRAY2BGR
+        image = cv2.cvtColor(image, colour)
+        if (image.shape[1], image.shape[0]) != self.size:
+            image = cv2.resize(image, self.size, interpolation=cv2.INTER_LINEAR)
+        self.writer.write(image)
+
+    def close(self) -> None:
+        self.writer.release()
+        self.part.replace(self.path)
+
+
+def _rows(detections: Detections) -> list[tuple[list[float], float, int]]:
+    """Plain numbers: (box, score, label), best first."""
+    return list(zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist()))
