@@ -1,7 +1,8 @@
 """What a user sees when something is wrong: one line that says where, what was found, what was expected, and a cure."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -43,3 +44,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's ``main`` and leave with its exit code; a UserError is one line on stderr (``--debug``: in full).
+
+    0 ended well; 2 bad input, 3 too much bad data, 4 diverged, 5 out of resources (the classes above); 130 interrupted.
+    """
+    try:
+        main()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

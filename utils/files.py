@@ -1,0 +1,59 @@
+"""Files that are either the old one or the new one, never half of either."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.errors import ResourceError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a new binary file that takes the place of ``path`` when the block ends well.
+
+    A temporary file in the same folder (O_EXCL: nobody else's) is written, fsynced, renamed over ``path``, and the
+    folder is fsynced. A crash or an exception at any moment leaves the old file as it was. A link at ``path`` is
+    replaced, never written through.
+
+    Raises:
+        ResourceError: the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        raise ResourceError(path, f"cannot write: {error.strerror}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ResourceError(path, f"cannot write: {error.strerror or error}", "the old file is untouched") from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a text file (UTF-8) in one piece."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    if os.name != "posix":  # Windows cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
