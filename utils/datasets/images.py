@@ -1,0 +1,253 @@
+"""The only reader of image files: what a file is comes from its bytes, never from its name.
+
+Rules, the same for training, evaluation and detection (H height, W width, C channels):
+
+* EXIF orientation is applied in every format that carries it; sizes are those of the upright picture, and so are labels.
+* Grey is repeated to three channels, a palette is looked up, alpha is dropped (not blended), CMYK is converted by OpenCV.
+* 16 bits become 8 by ``>> 8``; float and 32-bit pictures are refused: their range is not defined.
+* Of an animation or a multi-page file the first picture counts.
+* More pixels than ``MAX_PIXELS`` are refused from the header, before any memory is taken for them.
+* A JPEG without its end marker is refused: a decoder would fill the missing part with grey and say nothing. Bytes
+  flipped inside the picture cannot be noticed.
+"""
+
+import io
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import cv2
+import numpy as np
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from utils.errors import UserError
+
+MAX_PIXELS = 50_000_000
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .pbm .pgm .ppm .mpo".split())
+READERS = {  # Pillow's header readers; Image.open would add formats that run a helper, and a size limit of its own
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "BMP": BmpImageFile,
+    "GIF": GifImageFile,
+    "WEBP": WebPImageFile,
+    "TIFF": TiffImageFile,
+    "PPM": PpmImageFile,
+}
+MAGIC = (  # first bytes -> format
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"BM", "BMP"),
+    (b"GIF8", "GIF"),
+    (b"RIFF", "WEBP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    *((f"P{number}".encode(), "PPM") for number in range(1, 7)),
+)
+END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
+ORIENTATION = 0x0112  # EXIF tag
+UNDEFINED_MODES = {"F": "32-bit float", "I": "32-bit integer"}  # Pillow's mode -> in words
+# one row per EXIF orientation: swap the axes first?, then flip rows?, then columns?
+TURNS = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
+
+class ImageError(UserError):
+    """A picture that cannot be used. Its text names the file."""
+
+
+class Header(NamedTuple):
+    """What the first bytes of an image file say."""
+
+    format: str  # a name of READERS
+    mode: str  # Pillow's word for the pixel type
+    size: tuple[int, int]  # height, width as stored
+    orientation: int  # EXIF 1..8; anything else counts as 1
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Height, width after the orientation is applied."""
+        return self.size[::-1] if TURNS.get(self.orientation, (False,))[0] else self.size
+
+
+def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str, tuple[int, int]]:
+    """Format and upright (H, W) of a picture, from its header and its last bytes; nothing is decoded.
+
+    Raises:
+        ImageError: no regular file, no picture, too large, of an undefined pixel type, or cut off.
+    """
+    with _open(path) as file:
+        header = _read_header(file, path, max_pixels)
+        mark = END_MARKS.get(header.format)
+        if mark is not None:
+            file.seek(-len(mark), os.SEEK_END)
+            if file.read() != mark:  # cut off, or with bytes after the end: only the whole file tells
+                file.seek(0)
+                _refuse_incomplete(file.read(), header.format, path)
+    return header.format, header.upright
+
+
+def read_image(path: str | Path, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The upright picture in a file.
+
+    Args:
+        path: any path the operating system takes, non-ASCII ones included.
+        channels: 3 for RGB, 1 for grey.
+        max_pixels: refuse more than these before decoding.
+
+    Returns:
+        uint8 [H, W, C], C-contiguous.
+
+    Raises:
+        ImageError: as ``probe``, or the decoder gives up.
+    """
+    with _open(path) as file:
+        data = file.read()
+    return decode_image(data, channels, where=path, max_pixels=max_pixels)
+
+
+def decode_image(
+    data: bytes, channels: int = 3, *, where: object = "<bytes>", max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """As ``read_image``, from the bytes of a file; ``where`` is what errors name."""
+    assert channels in (1, 3), channels
+    header = _read_header(io.BytesIO(data), where, max_pixels)
+    _refuse_incomplete(data, header.format, where)
+    if header.format == "GIF":  # OpenCV reads GIF only since 4.11
+        return _orient(_decode_gif(data, channels, where), header.orientation)
+    flag = cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise ImageError(where, f"OpenCV cannot decode this {header.format}: {error.err}") from error
+    if pixels is None:
+        raise ImageError(where, f"OpenCV cannot decode this {header.format}", "is the file damaged? save it again")
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise ImageError(where, f"pixels of type {pixels.dtype}, expected 8 or 16 bits", "save it as 8-bit")
+    if channels == 3:
+        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    # OpenCV turns a TIFF upright whatever it is told
+    return _orient(pixels.reshape(*pixels.shape[:2], channels), 1 if header.format == "TIFF" else header.orientation)
+
+
+def _open(path: str | Path) -> BinaryIO:
+    """Open a regular file; a pipe or a device would block or never end."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise ImageError(path, "not a regular file", "expected a picture" if stat.S_ISDIR(mode) else "")
+        return open(path, "rb")  # noqa: PTH123, SIM115: pathlib's open costs more; callers use `with`
+    except OSError as error:
+        raise ImageError(path, error.strerror or str(error)) from error
+    except ValueError as error:  # a NUL in the name
+        raise ImageError(repr(path), str(error)) from error
+
+
+def _read_header(file: BinaryIO, where: object, max_pixels: int) -> Header:
+    start = file.read(512)
+    format = next((name for magic, name in MAGIC if start.startswith(magic)), None)
+    if format is None:
+        raise ImageError(where, _describe(start), f"expected one of {', '.join(READERS)}")
+    file.seek(0)
+    try:
+        image = READERS[format](file)
+    except (OSError, SyntaxError, ValueError, OverflowError, struct.error) as error:  # Pillow's words for a bad header
+        raise ImageError(where, f"damaged header of a {format}: {error}") from error
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(where, f"no pixels: {width} x {height}")
+    if width * height > max_pixels:
+        raise ImageError(where, f"too large: {width} x {height} pixels, the limit is {max_pixels}", "scale it down")
+    if image.mode in UNDEFINED_MODES:
+        raise ImageError(where, f"{UNDEFINED_MODES[image.mode]} pixels, expected 8 or 16 bits", "save it as 8-bit")
+    if format == "TIFF":
+        orientation = image.tag_v2.get(ORIENTATION, 1)
+    else:
+        orientation = _exif_orientation(image.info.get("exif", b""))
+    return Header(format, image.mode, (height, width), orientation)
+
+
+def _describe(start: bytes) -> str:
+    """What a file that is no known picture seems to be."""
+    if not start:
+        return "an empty file"
+    if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif"):
+        return "HEIC and AVIF are not supported: convert it to JPEG"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "not a picture but a web page, XML or SVG"
+    return "not a picture"
+
+
+def _exif_orientation(exif: bytes) -> int:
+    """The orientation tag of an EXIF block; 1 (upright) where there is none or the block is damaged."""
+    body = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(body[:4])
+    if order is None or len(body) < 10:
+        return 1
+    (start,) = struct.unpack_from(order + "I", body, 4)
+    if start + 2 > len(body):
+        return 1
+    (count,) = struct.unpack_from(order + "H", body, start)
+    for entry in range(start + 2, min(start + 2 + 12 * count, len(body) - 11), 12):
+        tag, kind = struct.unpack_from(order + "HH", body, entry)
+        if tag == ORIENTATION:
+            return struct.unpack_from(order + ("H" if kind == 3 else "I"), body, entry + 8)[0]
+    return 1
+
+
+def _refuse_incomplete(data: bytes, format: str, where: object) -> None:
+    """Raise where a JPEG or PNG has lost its end. Bytes after the end are legal and ignored."""
+    mark = END_MARKS.get(format)
+    if mark is None or data.endswith(mark):
+        return
+    start = _scan_start(data) if format == "JPEG" else 0  # an EXIF thumbnail has an end mark of its own
+    if data.find(mark, start) < 0:
+        raise ImageError(
+            where, f"cut off: {len(data)} bytes of a {format} without its end", "copy or download it again"
+        )
+
+
+def _scan_start(data: bytes) -> int:
+    """Offset of a JPEG's first scan: behind every header segment, thumbnails included."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        if data[at + 1] == 0xFF:  # fill byte
+            at += 1
+            continue
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return at
+
+
+def _decode_gif(data: bytes, channels: int, where: object) -> np.ndarray:
+    try:
+        pixels = np.array(GifImageFile(io.BytesIO(data)).convert("RGB" if channels == 3 else "L"))
+    except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:  # Pillow's words for damage
+        raise ImageError(where, f"cannot decode this GIF: {error}") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _orient(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn a stored picture upright (EXIF 2.3, tag 0x0112)."""
+    if orientation not in TURNS:
+        return image
+    swap, flip_rows, flip_columns = TURNS[orientation]
+    if swap:
+        image = image.swapaxes(0, 1)
+    return np.ascontiguousarray(image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
