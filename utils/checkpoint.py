@@ -99,6 +99,11 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
+def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network to look at pictures with: the averaged weights where there are any, else the plain ones."""
+    return without_prefix("ema", tensors) or without_prefix("model", tensors)
+
+
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
     """Fill a module exactly. Raises UserError that lists what is missing, too much, or of another shape."""
     own = module.state_dict()

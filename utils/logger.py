@@ -1,0 +1,124 @@
+"""One voice for a run: the console, ``results.csv``, ``log.jsonl`` and TensorBoard. Decoration cannot stop it."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.files import write_text
+
+WIDTH = 9  # of a console column
+
+
+class Logger:
+    """Logs a run into ``folder``; with ``folder=None`` (all processes but the first) it says and writes nothing.
+
+    The rows of all epochs are kept and both files are replaced in one piece after each: no line is ever torn, and a
+    resumed run continues after the checkpoint's last epoch, whatever came after it.
+    """
+
+    def __init__(self, folder: Path | None, *, start_epoch: int = 0):
+        self.folder, self.rows, self.warned = folder, [], set()
+        self.header = ""
+        self.tensorboard = None
+        if folder is None:
+            return
+        if (folder / "log.jsonl").is_file():
+            self.rows = [row for row in read_rows(folder / "log.jsonl") if row["epoch"] < start_epoch]
+        with self.guard("TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and may be missing or broken
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch or None)
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """Decoration may fail: say so once and go on. Everything a run's result depends on stays outside."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self.warned:
+                self.warned.add(what)
+                self.say(f"warning: {what} failed and is left out from here on: {type(error).__name__}: {error}")
+
+    def say(self, text: str = "") -> None:
+        """A line on the console, above a running progress bar."""
+        if self.folder is not None:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def bar(self, items: Iterable, total: int) -> tqdm:
+        """A progress bar over batches; silent where nobody watches a terminal."""
+        return tqdm(
+            items, total=total, leave=False, disable=self.folder is None or not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """One epoch's numbers, ``epoch`` (from 0) among them, to every place. Keys read ``group/name``."""
+        if self.folder is None:
+            return
+        self.rows.append(dict(row))
+        write_rows(self.folder, self.rows)
+        self._console(row)
+        with self.guard("TensorBoard"):
+            for name, value in row.items():
+                if self.tensorboard is not None and isinstance(value, (int, float)) and name != "epoch":
+                    self.tensorboard.add_scalar(name, value, row["epoch"])
+            self.flush()
+
+    def _console(self, row: Mapping[str, Any]) -> None:
+        header = "".join(name.rpartition("/")[2][: WIDTH - 1].rjust(WIDTH) for name in row)
+        if header != self.header:
+            self.say(header)
+            self.header = header
+        self.say("".join(_cell(value).rjust(WIDTH) for value in row.values()))
+
+    def picture(self, name: str, image: np.ndarray, epoch: int) -> None:
+        """An RGB uint8 [H, W, 3] picture."""
+        with self.guard("TensorBoard"):
+            if self.tensorboard is not None:
+                self.tensorboard.add_image(name, image, epoch, dataformats="HWC")
+
+    def graph(self, model: nn.Module, images: Tensor) -> None:
+        """The network as a picture of its operations, traced on ``images`` (float)."""
+        with self.guard("the TensorBoard graph"):
+            if self.tensorboard is not None:
+                self.tensorboard.add_graph(model, images, verbose=False)
+
+    def flush(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        with self.guard("TensorBoard"):
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.4g}"
+    return str(value)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``log.jsonl``."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """``log.jsonl`` and ``results.csv`` from all rows; a number an epoch has not is an empty cell."""
+    write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(folder / "results.csv", text.getvalue())

@@ -1,0 +1,112 @@
+"""What a run stands on: its own folder, a device, a precision, a seed."""
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils.distributed import local_rank
+from utils.errors import ResourceError, UserError
+
+
+def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
+    """A new folder ``project/name``, ``project/name2``, ... owned by no other run, even one started at the same time.
+
+    ``exist_ok`` takes ``project/name`` as it is; nothing in it is removed.
+
+    Raises:
+        ResourceError: the project folder cannot be written.
+    """
+    project, number = Path(project), 1
+    if not name or Path(name).name != name:
+        raise UserError(f"--name {name}", "expected a plain folder name", "use --project for the folder it goes to")
+    try:
+        project.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = project / (name if number == 1 else f"{name}{number}")
+            try:
+                folder.mkdir(exist_ok=exist_ok)
+                return folder
+            except FileExistsError:  # mkdir itself is the race-free question
+                if exist_ok:
+                    raise
+                number += 1
+    except OSError as error:
+        raise ResourceError(project / name, f"cannot make the run folder: {error.strerror}", "see --project") from error
+
+
+def select_device(text: str = "") -> torch.device:
+    """``""`` the first GPU if there is one, else the CPU; ``cpu``; ``0`` or ``cuda:0``; under torchrun one each.
+
+    Raises:
+        UserError: no such device, or several where one process can use one.
+    """
+    where, text = f"--device {text}", text.strip().lower().removeprefix("cuda:").replace("cuda", "0")
+    count = torch.cuda.device_count()
+    if text == "cpu" or (not text and not count):
+        return torch.device("cpu")
+    if "," in text:
+        raise UserError(
+            where, "one process uses one device", f"torchrun --nproc_per_node {text.count(',') + 1} train.py"
+        )
+    if text and not text.isdigit():
+        raise UserError(where, "expected cpu or a GPU number", "for example --device 0")
+    number = int(text) if text else local_rank()
+    if number >= count:
+        raise UserError(where, f"no such GPU, {count} found", "--device cpu runs without one")
+    return torch.device("cuda", number)
+
+
+class Precision(NamedTuple):
+    """How the network computes; weights stay float32."""
+
+    name: str
+    dtype: torch.dtype  # of autocast; float32 is no autocast
+    scaler: bool  # float16 gradients need scaling
+
+
+PRECISIONS = {
+    "float32": Precision("float32", torch.float32, False),
+    "bf16": Precision("bf16", torch.bfloat16, False),
+    "fp16": Precision("fp16", torch.float16, True),
+}
+
+
+def select_precision(name: str, device: torch.device) -> Precision:
+    """``auto`` is bf16 where the processor multiplies it natively, else float32. fp16 needs CUDA.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if name == "auto":
+        name = "bf16" if NATIVE_BF16[device.type]() else "float32"
+    if name == "fp16" and device.type != "cuda":
+        raise UserError(
+            "--precision fp16", "needs a CUDA device", "--precision auto picks what this processor is fast at"
+        )
+    return PRECISIONS[name]
+
+
+def _cpu_has_bf16() -> bool:
+    flags = torch.backends.cpu.get_cpu_capability()
+    if "AVX512" not in flags:
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16"})
+
+
+def _cuda_has_bf16() -> bool:
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+NATIVE_BF16 = {"cpu": _cpu_has_bf16, "cuda": _cuda_has_bf16}
+
+
+def set_seed(seed: int) -> None:
+    """Seed what draws outside the loader (weights, dropout, subsampling); the loader's draws have keys of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
