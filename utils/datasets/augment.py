@@ -1,0 +1,261 @@
+"""What chance does to a training picture: pure functions of a Sample and a numpy Generator.
+
+Every geometric change is a 3x3 matrix from the pixels of a source picture to the pixels of the sample, put together
+first and carried out once per picture, straight at the final size: no canvas of double size is made, cropped and
+resized again. Where nothing rotates, that one step is a crop and a resize, at a third of the cost of a warp.
+
+Letters: H W height and width of the sample, h w of a source picture, n boxes of one picture.
+Coordinates are continuous (pixel i covers i..i+1); OpenCV's warps count from pixel centres, see ``_warp``.
+"""
+
+from dataclasses import dataclass, fields
+
+import cv2
+import numpy as np
+
+from utils.datasets.letterbox import FILL, fit, resize
+from utils.structures import ImageInfo, Sample
+
+# an object that a crop or a warp leaves is kept where enough of it can be seen (the thresholds of YOLOv5)
+MIN_VISIBLE = 0.1  # of its area
+MIN_SIDE = 2.0  # pixels
+MAX_ASPECT = 100.0
+
+LIMITS = {  # largest meaningful value of a recipe key
+    "hsv_h": 0.5, "hsv_s": 1, "hsv_v": 1, "degrees": 180, "translate": 1, "scale": 0.99, "shear": 80,
+    "perspective": 0.001, "fliplr": 1, "flipud": 1, "mosaic": 1, "mixup": 1, "close_mosaic": float("inf"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """The ``augment`` section of a recipe; names and meaning as in YOLOv5. What is not named does not happen."""
+
+    hsv_h: float = 0.0  # hue turns by up to +- this share of the colour circle
+    hsv_s: float = 0.0  # saturation times 1 +- this
+    hsv_v: float = 0.0  # brightness times 1 +- this
+    degrees: float = 0.0  # rotation up to +-
+    translate: float = 0.0  # shift up to +- this share of the sample's width and height
+    scale: float = 0.0  # zoom 1 +- this
+    shear: float = 0.0  # degrees up to +-, along x and along y
+    perspective: float = 0.0  # up to +-, per pixel; 0.0005 is strong
+    fliplr: float = 0.0  # probability of left-right mirroring
+    flipud: float = 0.0  # probability of upside-down mirroring
+    mosaic: float = 0.0  # probability that a sample is put together from four pictures
+    mixup: float = 0.0  # probability that a second sample shines through
+    close_mosaic: int = 0  # the last so many epochs go without mosaic and mixup
+    multi_scale: tuple[float, float] = (1.0, 1.0)  # a batch is this much smaller or larger, at random between the two
+
+    def __post_init__(self):
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        problems = [
+            f"{name}: expected 0..{limit}, found {values[name]}"
+            for name, limit in LIMITS.items()
+            if not 0 <= values[name] <= limit
+        ]
+        low, high = self.multi_scale
+        if not 0 < low <= high <= 4:
+            problems.append(f"multi_scale: expected 0 < low <= high <= 4 (1, 1 is off), found {low}, {high}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+# ---------------------------------------------------------------------------------------------- whole samples
+
+
+def random_perspective(
+    sample: Sample, size: tuple[int, int], augment: Augment, rng, *, stretch: bool = False
+) -> Sample:
+    """One picture at ``size`` (H, W): letterboxed, then turned, zoomed, sheared, tilted and shifted at random."""
+    view = _random_view(augment, size, size, rng)
+    return _compose([sample], [view @ _placement(sample, size, stretch)], size)
+
+
+def mosaic(samples: list[Sample], size, augment: Augment, rng, *, stretch: bool = False) -> Sample:
+    """Four pictures around a random point as one sample of ``size`` (H, W) (YOLOv4, section 3.3).
+
+    Laid out as in the YOLOv3 archive: on a plane of twice the size each picture is as large as it would be alone, a
+    corner on a point in the middle half; the sample is a random view of the size of one picture onto the plane's
+    middle. On purpose otherwise: pictures are not cut at the border of that plane, so that a view beyond it shows
+    pictures and not grey. Its info is the first picture's, without a way back to the original.
+    """
+    height, width = size
+    center_x, center_y = rng.uniform(width / 2, width * 3 / 2), rng.uniform(height / 2, height * 3 / 2)
+    view = _random_view(augment, size, (2 * height, 2 * width), rng)
+    matrices = []
+    for sample, corner in zip(samples, rng.permutation(4), strict=True):
+        (tile_height, tile_width), _ = fit(sample.image.shape, size, stretch=stretch)
+        left = center_x - tile_width * (corner % 2 == 0)
+        top = center_y - tile_height * (corner < 2)
+        matrices.append(view @ _shift(left, top) @ _scale_to(sample, tile_height, tile_width))
+    return _compose(samples, matrices, size)
+
+
+def mixup(sample: Sample, other: Sample, rng) -> Sample:
+    """Two samples of one size shining through each other, with the objects of both.
+
+    arXiv 1710.09412; the share is drawn from Beta(32, 32), near a half, as in YOLOv5.
+    """
+    share = rng.beta(32.0, 32.0)
+    image = cv2.addWeighted(sample.image, share, other.image, 1 - share, 0).reshape(sample.image.shape)
+    joined = {
+        name: np.concatenate([getattr(sample, name), getattr(other, name)]) for name in ("boxes", "labels", "ignore")
+    }
+    return sample.replace(image=image, **joined)
+
+
+def hsv(sample: Sample, augment: Augment, rng) -> Sample:
+    """Hue, saturation and brightness at random, by lookup. A grey picture has brightness only.
+
+    On purpose unlike YOLOv5, which multiplies the hue number: the colour circle is turned, so that red changes as much
+    as violet (ultralytics since 8.3.79 does the same).
+    """
+    turn, *gains = rng.uniform(-1, 1, 3) * (augment.hsv_h, augment.hsv_s, augment.hsv_v)
+    if not (turn or any(gains)):
+        return sample
+    values = np.arange(256.0)
+    saturation, brightness = (np.clip(values * (1 + gain), 0, 255).round().astype(np.uint8) for gain in gains)
+    if sample.image.shape[2] != 3:
+        return sample.replace(image=cv2.LUT(sample.image, brightness).reshape(sample.image.shape))
+    hue = ((values + turn * 180).round() % 180).astype(np.uint8)  # OpenCV's hue is in steps of two degrees
+    table = np.stack([hue, saturation, brightness], axis=1)[None]
+    turned = cv2.LUT(cv2.cvtColor(sample.image, cv2.COLOR_RGB2HSV), table)
+    return sample.replace(image=cv2.cvtColor(turned, cv2.COLOR_HSV2RGB))
+
+
+def flip(sample: Sample, augment: Augment, rng) -> Sample:
+    """Mirrored left-right and upside down, each with its probability."""
+    image, boxes = sample.image, sample.boxes
+    height, width = image.shape[:2]
+    if rng.random() < augment.fliplr:
+        image = cv2.flip(image, 1).reshape(image.shape)
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+    if rng.random() < augment.flipud:
+        image = cv2.flip(image, 0).reshape(image.shape)
+        boxes = np.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], axis=1)
+    return sample.replace(image=image, boxes=boxes)
+
+
+# ---------------------------------------------------------------------------------------------- matrices
+
+
+def _shift(x: float, y: float) -> np.ndarray:
+    return np.array([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
+
+
+def _scale_to(sample: Sample, height: int, width: int) -> np.ndarray:
+    return np.diag([width / sample.image.shape[1], height / sample.image.shape[0], 1.0])
+
+
+def _placement(sample: Sample, size, stretch: bool) -> np.ndarray:
+    """Picture -> sample, as ``letterbox`` would place it."""
+    _, placed = fit(sample.image.shape, size, stretch=stretch)
+    return _shift(*placed.pad) @ np.diag([*placed.scale, 1.0])
+
+
+def _random_view(augment: Augment, size, plane, rng) -> np.ndarray:
+    """A random view of ``size`` (H, W) onto the middle of a ``plane`` (H', W'): tilt, turn and zoom, shear, shift."""
+    tilt = np.eye(3)
+    tilt[2, :2] = rng.uniform(-augment.perspective, augment.perspective, 2)
+    angle = np.radians(rng.uniform(-augment.degrees, augment.degrees))
+    zoom = rng.uniform(1 - augment.scale, 1 + augment.scale)
+    cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
+    turn = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])
+    shear = np.eye(3)
+    shear[0, 1], shear[1, 0] = np.tan(np.radians(rng.uniform(-augment.shear, augment.shear, 2)))
+    middle = rng.uniform(0.5 - augment.translate, 0.5 + augment.translate, 2) * (size[1], size[0])
+    return _shift(*middle) @ shear @ turn @ tilt @ _shift(-plane[1] / 2, -plane[0] / 2)
+
+
+def _is_upright(matrix: np.ndarray) -> bool:
+    """Whether rectangles stay rectangles: nothing but zoom and shift."""
+    return not (matrix[0, 1] or matrix[1, 0] or matrix[2, 0] or matrix[2, 1])
+
+
+# ---------------------------------------------------------------------------------------------- pixels and boxes
+
+
+def _compose(samples: list[Sample], matrices: list[np.ndarray], size: tuple[int, int]) -> Sample:
+    """Each picture painted through its matrix into one sample of ``size`` (H, W), and all their boxes with them."""
+    canvas = np.full((*size, samples[0].image.shape[2]), FILL, dtype=np.uint8)
+    parts = []
+    for sample, matrix in zip(samples, matrices, strict=True):
+        paint = _crop_resize if _is_upright(matrix) else _warp
+        boxes, kept = _move_boxes(sample.boxes, sample.ignore, paint(canvas, sample.image, matrix), size)
+        parts.append((boxes[kept], sample.labels[kept], sample.ignore[kept]))
+    boxes, labels, ignore = (np.concatenate(column) for column in zip(*parts, strict=True))
+    first = samples[0].info
+    info = ImageInfo(id=first.id, path=first.path, size=first.size)
+    return Sample(image=canvas, boxes=boxes, labels=labels, ignore=ignore, info=info)
+
+
+def _crop_resize(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Paint an upright picture: what can be seen of it, cut and resized into its place. Returns the matrix done.
+
+    Both the place and the cut are rounded to whole pixels, and the matrix that this makes is what the boxes get.
+    """
+    done = np.eye(3)
+    places = []
+    for axis, (canvas_side, side) in enumerate(zip(canvas.shape[1::-1], image.shape[1::-1], strict=True)):
+        scale, start = matrix[axis, axis], matrix[axis, 2]
+        place = np.clip(np.round([start, start + scale * side]), 0, canvas_side).astype(int)
+        if place[0] == place[1]:  # out of sight: the boxes are, too
+            return matrix
+        low = min(round((place[0] - start) / scale), side - 1) if place[0] > start else 0
+        high = max(round((place[1] - start) / scale), low + 1) if place[1] < start + scale * side else side
+        high = min(high, side)
+        done[axis, axis] = (place[1] - place[0]) / (high - low)
+        done[axis, 2] = place[0] - low * done[axis, axis]
+        places.append((slice(*place), slice(low, high)))
+    (columns, cut_columns), (rows, cut_rows) = places
+    resize(image[cut_rows, cut_columns], canvas[rows, columns])
+    return done
+
+
+def _warp(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Paint a turned or tilted picture through its matrix. Returns the matrix."""
+    height, width = image.shape[:2]
+    shrink = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    to_image = matrix
+    if shrink < 0.5:  # bilinear alone would leave pixels out, see resize
+        small = np.empty((max(1, round(height * shrink)), max(1, round(width * shrink)), image.shape[2]), np.uint8)
+        resize(image, small)
+        to_image = matrix @ np.diag([width / small.shape[1], height / small.shape[0], 1.0])
+        image = small
+    corners, depth = _project(np.array([[0.0, 0.0, width, height]]), matrix)
+    low, high = np.zeros(2, int), np.array(canvas.shape[1::-1])
+    if (depth > 0).all():  # work on the part of the canvas that it can reach
+        low = np.clip(np.floor(corners.min((0, 1))), 0, high).astype(int)
+        high = np.clip(np.ceil(corners.max((0, 1))), 0, high).astype(int)
+    if (high > low).all():
+        # half a pixel there and back: OpenCV's coordinates are 0 in the middle of the first pixel, not at its edge
+        centered = _shift(-0.5 - low[0], -0.5 - low[1]) @ to_image @ _shift(0.5, 0.5)
+        part = canvas[low[1] : high[1], low[0] : high[0]]
+        span = (int(high[0] - low[0]), int(high[1] - low[1]))
+        cv2.warpPerspective(image, centered, span, dst=part, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_TRANSPARENT)
+    return matrix
+
+
+def _project(boxes: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Corners [n, 4, 2] of boxes [n, 4] through a matrix, and their depth [n, 4] (1 without perspective)."""
+    corners = np.stack([boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]], np.ones((len(boxes), 4))], axis=2) @ matrix.T
+    depth = corners[..., 2]
+    return corners[..., :2] / np.where(depth > 1e-6, depth, 1e-6)[..., None], depth
+
+
+def _move_boxes(boxes, ignore, matrix, size) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [n, 4] through a matrix: the upright hull, clipped to the sample; and which of them remain (bool [n]).
+
+    An object remains where at least MIN_VISIBLE of its hull is inside, no side is under MIN_SIDE and the aspect is
+    under MAX_ASPECT. On purpose unlike YOLOv5, where an object cut at the mosaic's outer border is measured after that
+    cut: visible is always a share of the whole object. An ignore region remains while anything of it is inside.
+    """
+    corners, depth = _project(boxes.astype(np.float64), matrix)
+    hull = np.concatenate([corners.min(1), corners.max(1)], axis=1).reshape(-1, 4)
+    clipped = np.clip(hull, 0, [size[1], size[0], size[1], size[0]])
+    whole, sides = hull[:, 2:] - hull[:, :2], clipped[:, 2:] - clipped[:, :2]
+    visible = sides.prod(1) >= MIN_VISIBLE * whole.prod(1)
+    aspect = sides.max(1) / np.maximum(sides.min(1), 1e-6)
+    object_kept = visible & (sides.min(1) >= MIN_SIDE) & (aspect < MAX_ASPECT)
+    kept = np.where(ignore, sides.min(1) > 0, object_kept) & (depth > 0).all(1)
+    return clipped.astype(np.float32), kept
