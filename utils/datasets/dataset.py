@@ -1,0 +1,93 @@
+"""Record -> Sample."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from utils.datasets.augment import Augment, flip, hsv, mixup, mosaic, random_perspective
+from utils.datasets.cache import ImageCache
+from utils.datasets.images import read_image
+from utils.datasets.letterbox import letterbox
+from utils.datasets.loader import SAMPLE, Draw, generator
+from utils.structures import ImageInfo, Letterbox, Record, Sample
+
+
+class DetectionDataset(Dataset):
+    """Pictures and boxes at the size that a ``Draw`` asks for: letterboxed, or augmented for training.
+
+    A sample is a function of (seed, draw) and nothing else: not of the worker, the order or what was made before.
+    Records are held as a few flat arrays: reading a Python object writes its reference count, and worker processes
+    would copy the whole list, page by page, by looking at it.
+
+    Args:
+        records: annotated pictures.
+        channels: of the network: 3 (RGB) or 1 (grey).
+        augment: None for evaluation: the picture as it is, with its way back in ``info.letterbox``.
+        seed: of all chance.
+        cache: decoded pictures (``build_cache``), read instead of the files.
+        stretch: fill the size without keeping the aspect (Darknet without letter_box=1).
+        epochs: of the whole run; its last ``augment.close_mosaic`` epochs go without mosaic and mixup.
+
+    Raises:
+        UserError: from ``dataset[draw]``, naming a file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        channels: int = 3,
+        augment: Augment | None = None,
+        seed: int = 0,
+        cache: ImageCache | None = None,
+        stretch: bool = False,
+        epochs: int | None = None,
+    ):
+        assert cache is None or len(cache) == len(records)
+        self.channels, self.augment, self.seed, self.cache, self.stretch = channels, augment, seed, cache, stretch
+        self.open_epochs = np.inf if epochs is None or augment is None else epochs - augment.close_mosaic
+        self.sizes = np.array([record.size for record in records], dtype=np.int64).reshape(-1, 2)
+        self._paths = np.array([os.fsencode(record.path) for record in records], dtype=np.bytes_)
+        self._starts = np.cumsum([0, *(len(record.labels) for record in records)])
+        self._boxes = np.concatenate([np.zeros((0, 4), np.float32), *(record.boxes for record in records)])
+        self._labels = np.concatenate([np.zeros(0, np.int64), *(record.labels for record in records)])
+        self._ignore = np.concatenate([np.zeros(0, bool), *(record.ignore for record in records)])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        if self.augment is None:
+            return self._plain(draw)
+        rng = generator(self.seed, SAMPLE, draw.epoch, draw.position)
+        sample = self._view(draw, draw.index, rng)
+        if draw.epoch < self.open_epochs and rng.random() < self.augment.mixup:
+            sample = mixup(sample, self._view(draw, int(rng.integers(len(self))), rng), rng)
+        return flip(hsv(sample, self.augment, rng), self.augment, rng)
+
+    def load(self, index: int) -> Sample:
+        """The picture as it is read, with its boxes in its pixels (a cached one may be smaller than the original)."""
+        path, (height, width) = os.fsdecode(self._paths[index]), self.sizes[index].tolist()
+        image = read_image(path, self.channels) if self.cache is None else self.cache[index]
+        rows = slice(self._starts[index], self._starts[index + 1])
+        reduced = Letterbox(scale=(image.shape[1] / width, image.shape[0] / height))
+        info = ImageInfo(id=index, path=path, size=(height, width), letterbox=reduced)
+        boxes = reduced.apply(self._boxes[rows])
+        return Sample(image=image, boxes=boxes, labels=self._labels[rows], ignore=self._ignore[rows], info=info)
+
+    def _plain(self, draw: Draw) -> Sample:
+        sample = self.load(draw.index)
+        image, placed = letterbox(sample.image, draw.size, stretch=self.stretch)
+        reduced = sample.info.letterbox.scale
+        whole = Letterbox(scale=(placed.scale[0] * reduced[0], placed.scale[1] * reduced[1]), pad=placed.pad)
+        info = ImageInfo(id=draw.index, path=sample.info.path, size=sample.info.size, letterbox=whole)
+        return sample.replace(image=image, boxes=placed.apply(sample.boxes), info=info)
+
+    def _view(self, draw: Draw, index: int, rng) -> Sample:
+        """One augmented sample before colour and mirroring: a mosaic around a picture, or the picture alone."""
+        if draw.epoch < self.open_epochs and rng.random() < self.augment.mosaic:
+            samples = [self.load(number) for number in (index, *rng.integers(len(self), size=3).tolist())]
+            return mosaic(samples, draw.size, self.augment, rng, stretch=self.stretch)
+        return random_perspective(self.load(index), draw.size, self.augment, rng, stretch=self.stretch)
