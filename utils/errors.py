@@ -20,6 +20,16 @@ class UserError(ValueError):
         self.where, self.message, self.hint = str(where), message, hint
         super().__init__(f"{where}: {message}" + (f" ({hint})" if hint else ""))
 
+    def __reduce__(self):
+        # from its text, not through __init__, which takes other arguments: a data worker's error must arrive as itself
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(cls, args, state):
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
+
 
 class QuarantineError(UserError):
     """Too much of a data set had to be set aside."""
