@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from utils.boxes import xywh_to_xyxy, xyxy_to_xywh
+
 MAX_FACTOR = 1000.0  # of an anchor's size, as in the YOLOv3 archive; Darknet and YOLOX have no limit and can overflow
 
 
@@ -28,14 +30,13 @@ class Coder(Protocol):
     def encode(self, boxes: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor: ...
 
 
-def _corners(center: Tensor, size: Tensor) -> Tensor:
-    half = size / 2
-    return torch.cat([center - half, center + half], dim=-1)
+def _boxes(center: Tensor, size: Tensor) -> Tensor:
+    return xywh_to_xyxy(torch.cat([center, size], dim=-1))
 
 
 def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return (low + high) / 2, high - low
+    boxes = xyxy_to_xywh(boxes)
+    return boxes[..., :2], boxes[..., 2:]
 
 
 def _factor(logs: Tensor, limit: float) -> Tensor:
@@ -69,7 +70,7 @@ class SigmoidExp:
 
     def decode(self, deltas: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor:
         offset = (deltas[..., :2].sigmoid() - 0.5) * self.scale_x_y
-        return _corners(center + offset * stride, _factor(deltas[..., 2:], MAX_FACTOR) * size)
+        return _boxes(center + offset * stride, _factor(deltas[..., 2:], MAX_FACTOR) * size)
 
     def encode(self, boxes: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor:
         middle, extent = _center_size(boxes)
@@ -89,7 +90,7 @@ class SigmoidSquare:
     def decode(self, deltas: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor:
         fraction = deltas.sigmoid()
         offset = (fraction[..., :2] - 0.5) * self.scale_x_y
-        return _corners(center + offset * stride, (2 * fraction[..., 2:]).square() * size)
+        return _boxes(center + offset * stride, (2 * fraction[..., 2:]).square() * size)
 
     def encode(self, boxes: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor:
         middle, extent = _center_size(boxes)
@@ -104,7 +105,7 @@ class CornerOffsetExp:
 
     def decode(self, deltas: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor:
         middle = center + (deltas[..., :2] - 0.5) * stride
-        return _corners(middle, _factor(deltas[..., 2:], MAX_FACTOR) * size)
+        return _boxes(middle, _factor(deltas[..., 2:], MAX_FACTOR) * size)
 
     def encode(self, boxes: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor:
         middle, extent = _center_size(boxes)
@@ -137,7 +138,7 @@ class AnchorDeltas:
 
     def decode(self, deltas: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor:
         deltas = _per_column(torch.div, deltas, self.weights)
-        return _corners(center + deltas[..., :2] * size, _factor(deltas[..., 2:], self.max_factor) * size)
+        return _boxes(center + deltas[..., :2] * size, _factor(deltas[..., 2:], self.max_factor) * size)
 
     def encode(self, boxes: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> Tensor:
         middle, extent = _center_size(boxes)

@@ -1,0 +1,221 @@
+"""Heads: what the raw map in front of a ``[yolo]``, ``[Gaussian_yolo]`` or ``[region]`` section says, slot by slot.
+
+Letters: B images, A anchors of this head, V values per anchor, C classes, P = A * h * w slots, h w rows and columns.
+
+A raw map [B, A * V, h, w] holds logits: sigmoids belong to the head, also where the cfg writes ``activation=logistic``
+in front of it (new_coords). ``decode`` follows Darknet (darknet-format, section 8) and is differentiable. A further
+head is one class and one row in ``HEADS``.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from models.coders import Coder, SigmoidExp, SigmoidSquare
+from models.structures import Grid, Predictions, Priors
+
+OBJECTNESS_BIAS = -4.5  # sigmoid 0.011: most slots are background (YOLOv3 archive)
+
+
+class YoloHead(nn.Module):
+    """``[yolo]``: per anchor x, y, w, h, objectness, classes; all independent sigmoids but the size.
+
+    Attributes:
+        anchors: float [A, 2], width and height in pixels of the network's input, of this head.
+        all_anchors: float [num, 2]: the whole table of the cfg, of which ``mask`` picks this head's rows.
+        num_classes, coder, section: the last is the cfg's, for the keys that only training reads.
+    """
+
+    num_box_values = 5  # channels of an anchor before its class logits
+    objectness = 4  # which of them is the objectness
+    bias_classes = True
+
+    def __init__(
+        self, *, anchors: Sequence[tuple[float, float]], mask: Sequence[int], num_classes: int, coder: Coder, section
+    ):
+        super().__init__()
+        self.anchor_table = tuple(anchors[row] for row in mask)
+        self.mask, self.num_classes, self.coder, self.section = tuple(mask), num_classes, coder, section
+        self.register_buffer("anchors", torch.tensor(self.anchor_table), persistent=False)
+        self.register_buffer("all_anchors", torch.tensor(list(anchors)), persistent=False)
+
+    @classmethod
+    def from_spec(cls, spec) -> "YoloHead":
+        """The head of a layer of the graph. Errors: anchors or mask that cannot be; wrong channels in front of it."""
+        section = spec.section
+        scale_x_y = section.float("scale_x_y", 1.0)
+        coder = SigmoidSquare(scale_x_y) if section.flag("new_coords") else SigmoidExp(scale_x_y)
+        anchors = read_anchors(section)
+        mask = section.ints("mask", tuple(range(len(anchors))))
+        for row in mask:
+            if not 0 <= row < len(anchors):
+                raise section.error(f"mask={row}: expected 0..{len(anchors) - 1}, one of the anchors", "mask")
+        head = cls(anchors=anchors, mask=mask, num_classes=section.int("classes", 20), coder=coder, section=section)
+        return head.checked(spec)
+
+    def checked(self, spec) -> "YoloHead":
+        """Itself, if the map in front of it has as many channels as it reads."""
+        found, expected = spec.in_shapes[0][0], self.num_anchors * self.num_values
+        if found != expected:
+            message = f"[{self.section.type}] reads {expected} channels, the layer before it has {found}"
+            raise self.section.error(message, "classes", f"filters={expected} before it")
+        return self
+
+    @property
+    def num_anchors(self) -> int:
+        return len(self.anchor_table)
+
+    @property
+    def num_values(self) -> int:
+        return self.num_box_values + self.num_classes
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """The raw map as it is: training, inference and export all start from it."""
+        return raw
+
+    def priors(self, grid: tuple[int, int], size: tuple[int, int], device=None, dtype=torch.float32) -> Priors:
+        """The P slots of a ``grid`` (h, w) on an input of ``size`` (height, width) pixels; both give the stride."""
+        return _priors(self.anchor_table, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
+
+    def decode(self, raw: Tensor, size: tuple[int, int]) -> Predictions:
+        """Raw map [B, A * V, h, w] of an input of ``size`` (height, width) -> Predictions of P slots.
+
+        Half types are computed in float32, float64 stays.
+        """
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        priors = self.priors(raw.shape[2:], size, raw.device, raw.dtype)
+        # a view, whatever the memory format; each consumer below copies only the values that it takes
+        values = raw.unflatten(1, (self.num_anchors, self.num_values)).permute(0, 1, 3, 4, 2)
+        deltas = self.deltas(values)
+        return Predictions(
+            boxes=self.coder.decode(deltas, priors.center, priors.size, priors.stride),
+            deltas=deltas,
+            obj=values[..., self.objectness].flatten(1),
+            cls=self.class_logits(values[..., self.num_box_values :].flatten(1, 3)),
+            quality=self.quality(values),
+            priors=priors,
+        )
+
+    def deltas(self, values: Tensor) -> Tensor:
+        """Regression outputs [B, P, 4] among values [B, A, h, w, V]."""
+        return values[..., :4].flatten(1, 3)
+
+    def class_logits(self, logits: Tensor) -> Tensor:
+        """Logits whose sigmoid is the class probability, from those of the map, [B, P, C] both."""
+        return logits
+
+    def quality(self, values: Tensor) -> Tensor | None:
+        """A further factor [B, P] of the score, from values [B, A, h, w, V]."""
+        return None
+
+    @torch.no_grad()
+    def init_bias(self, bias: Tensor) -> None:
+        """Set the bias [A * V] of the convolution before the head, in place: rare objects, rare classes.
+
+        Objectness -4.5, classes ln(0.6 / (C - 0.99)) as in the YOLOv3 archive: a new network starts near the right
+        rate of positives. Darknet has no such prior.
+        """
+        values = bias.view(self.num_anchors, self.num_values)
+        values[:, self.objectness] = OBJECTNESS_BIAS
+        if self.bias_classes:
+            values[:, self.num_box_values :] = torch.tensor(0.6 / (self.num_classes - 0.99)).log()
+
+
+class GaussianYoloHead(YoloHead):
+    """``[Gaussian_yolo]``: x, sx, y, sy, w, sw, h, sh, objectness, classes (Choi et al. 2019).
+
+    The score is also multiplied by 1 - mean sigma; ``deltas`` are the four means.
+    """
+
+    num_box_values = 9
+    objectness = 8
+
+    @classmethod
+    def from_spec(cls, spec) -> "GaussianYoloHead":
+        spec.section.str("yolo_point", "center", choices=("center",))
+        return super().from_spec(spec)
+
+    def deltas(self, values: Tensor) -> Tensor:
+        return values[..., 0:8:2].flatten(1, 3)
+
+    def quality(self, values: Tensor) -> Tensor:
+        return 1 - values[..., 1:8:2].sigmoid().mean(-1).flatten(1)
+
+
+class RegionHead(YoloHead):
+    """``[region]`` (YOLOv2): classes are one softmax; anchors are written in cells, hence pixels depend on the input.
+
+    Here ``anchors`` and ``all_anchors`` stay in cells; priors are in pixels as everywhere.
+    """
+
+    bias_classes = False  # a softmax has no rare class
+
+    @classmethod
+    def from_spec(cls, spec) -> "RegionHead":
+        section = spec.section
+        if "tree" in section:
+            hint = "remove tree= and map= for a flat list of classes"
+            raise section.error("a tree of classes (YOLO9000) is not supported", "tree", hint)
+        for key, default, only in (("softmax", 0, 1), ("coords", 4, 4)):
+            if section.int(key, default) != only:
+                raise section.error(f"[region] needs {key}={only}, found {section.int(key, default)}", key)
+        anchors = read_anchors(section)
+        mask, num_classes = range(len(anchors)), section.int("classes", 20)
+        return cls(anchors=anchors, mask=mask, num_classes=num_classes, coder=SigmoidExp(), section=section).checked(
+            spec
+        )
+
+    def priors(self, grid: tuple[int, int], size: tuple[int, int], device=None, dtype=torch.float32) -> Priors:
+        stride = (size[1] / grid[1], size[0] / grid[0])
+        in_pixels = tuple((width * stride[0], height * stride[1]) for width, height in self.anchor_table)
+        return _priors(in_pixels, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
+
+    def class_logits(self, logits: Tensor) -> Tensor:
+        return softmax_logits(logits)
+
+
+HEADS = {"yolo": YoloHead, "Gaussian_yolo": GaussianYoloHead, "region": RegionHead}
+
+
+def read_anchors(section) -> tuple[tuple[float, float], ...]:
+    """``num`` pairs of ``anchors=``. Numbers after the last pair are not read, missing ones are 0.5, as in Darknet."""
+    numbers, count = section.floats("anchors"), 2 * section.int("num", 1)
+    if count < 2:
+        raise section.error(f"num={count // 2}: expected at least one anchor", "num")
+    if min(numbers) <= 0:
+        raise section.error(f"anchors: {min(numbers):g} is no width or height", "anchors", "pairs of positive numbers")
+    numbers = (*numbers[:count], *[0.5] * (count - len(numbers)))
+    return tuple(zip(numbers[0::2], numbers[1::2]))
+
+
+def softmax_logits(logits: Tensor) -> Tensor:
+    """Logits [..., C] whose sigmoid is ``softmax(logits)``: z_i - logsumexp of all others.
+
+    The sum over the others is joined from those before and those after, so that nothing cancels; linear in C.
+    """
+    edge = torch.full_like(logits[..., :1], torch.finfo(logits.dtype).min / 4)
+    before = torch.cat([edge, logits[..., :-1]], dim=-1).logcumsumexp(-1)
+    after = torch.cat([edge, logits[..., 1:].flip(-1)], dim=-1).logcumsumexp(-1).flip(-1)
+    return logits - torch.logaddexp(before, after)
+
+
+@lru_cache(maxsize=64)
+def _priors(anchors: tuple, grid: tuple[int, int], size: tuple[int, int], device: torch.device, dtype) -> Priors:
+    """The slots of one map, kept: multi-scale training comes back to the same few sizes. Never written to."""
+    rows, columns = grid
+    with torch.inference_mode(False), torch.no_grad():  # else training could not use what inference has cached
+        stride = torch.tensor([size[1] / columns, size[0] / rows], dtype=dtype)
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        center = (torch.stack([column, row], dim=-1).to(dtype) + 0.5) * stride
+        num = len(anchors)
+        parts = {
+            "center": center.flatten(0, 1).repeat(num, 1),
+            "size": torch.tensor(anchors, dtype=dtype).repeat_interleave(rows * columns, dim=0),
+            "stride": stride.repeat(num * rows * columns, 1),
+            "level": torch.zeros(num * rows * columns, dtype=torch.int64),
+            "anchor": torch.arange(num).repeat_interleave(rows * columns),
+        }
+        grids = (Grid(start=0, anchors=num, rows=rows, columns=columns),)
+        return Priors(grids=grids, **{name: part.to(device) for name, part in parts.items()})

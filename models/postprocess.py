@@ -1,0 +1,155 @@
+"""Predictions -> Detections: thresholds and non-maximum suppression by Darknet's rules (darknet-format, section 8).
+
+Letters: B images, P slots, C classes, R slots that pass the objectness threshold, N candidates (slot, class).
+
+The result is exactly that of sorting all candidates of an image by score (equal scores: by slot, then class), dropping
+in each class whatever overlaps a better one that was kept, and taking the best ``max_det``. It is found lazily: the
+fate of a candidate depends only on better ones, so candidates are looked at best first, in chunks, until ``max_det``
+are kept. Memory and time per chunk are bounded whatever the network says.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from models.structures import Predictions
+from utils.boxes import box_iou
+from utils.errors import UserError
+from utils.structures import Detections
+
+CHUNK = 512  # candidates that are compared with each other at once
+FIRST_POOL = 4096  # candidates that are sorted first; each further pool is 8 times larger
+
+
+def iou_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
+    """Plain IoU [N, M]."""
+    return box_iou(boxes, others)
+
+
+def diou_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
+    """IoU - (d / c)^beta [N, M]: d squared distance of the centers, c squared diagonal of the hull.
+
+    Zheng et al. 2020, with Darknet's exponent. Darknet measures in units of the picture's sides, which are not square;
+    here it is pixels of the network's input: the same unless the input is not square or letterboxed.
+    """
+    low = torch.minimum(boxes[:, None, :2], others[None, :, :2])
+    high = torch.maximum(boxes[:, None, 2:], others[None, :, 2:])
+    offset = (boxes[:, None, :2] + boxes[:, None, 2:] - others[None, :, :2] - others[None, :, 2:]) / 2
+    diagonal = (high - low).square().sum(-1).clamp(min=torch.finfo(boxes.dtype).tiny)
+    return box_iou(boxes, others) - (offset.square().sum(-1) / diagonal).pow(beta)
+
+
+def greedy_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
+    """Darknet's greedynms: as diounms with the exponent 0.6, whatever beta_nms says."""
+    return diou_overlap(boxes, others, 0.6)
+
+
+NMS_KINDS: dict[str, Callable] = {"default": iou_overlap, "greedynms": greedy_overlap, "diounms": diou_overlap}
+
+
+@torch.no_grad()
+def postprocess(
+    preds: Predictions,
+    *,
+    conf_thres: float = 0.25,
+    iou_thres: float = 0.45,
+    max_det: int = 300,
+    classes: Sequence[int] | None = None,
+    agnostic: bool = False,
+    multi_label: bool = True,
+    kind: str = "default",
+    beta_nms: float = 0.6,
+) -> list[Detections]:
+    """What is in each picture: a list of B Detections, boxes in pixels of the network's input, best first, not clipped.
+
+    Args:
+        conf_thres: objectness and score (objectness * class * quality) must both be greater.
+        iou_thres: a box is dropped if its overlap with a better one that was kept is greater.
+        max_det: at most so many boxes per picture.
+        classes: only these classes, None for all.
+        agnostic: boxes of different classes suppress each other, too.
+        multi_label: a slot may be reported under several classes (Darknet); otherwise only under its best one.
+        kind, beta_nms: how overlap is measured, a key of ``NMS_KINDS``, and its exponent.
+
+    A slot whose box or score is not finite is never kept. Errors: UserError for a class that the network does not have.
+    """
+    assert conf_thres >= 0 and max_det >= 0
+    num_classes = preds.cls.shape[-1]
+    unknown = [number for number in classes or () if not 0 <= number < num_classes]
+    if unknown:
+        raise UserError("classes", f"{unknown[0]}: expected 0..{num_classes - 1}, the network's classes")
+    wanted = torch.zeros(num_classes, device=preds.cls.device)
+    wanted[list(range(num_classes) if classes is None else classes)] = 1
+    measure = NMS_KINDS[kind]
+
+    detections = []
+    objectness = preds.obj.sigmoid()
+    for image, (boxes, confidence) in enumerate(zip(preds.boxes, objectness)):
+        slots = ((confidence > conf_thres) & boxes.isfinite().all(-1)).nonzero().squeeze(1)
+        factor = confidence if preds.quality is None else confidence * preds.quality[image]
+        scores = preds.cls[image, slots].sigmoid() * factor[slots, None]
+        if not multi_label:
+            scores = _best_class_only(scores)
+        scores = (scores * wanted).flatten()
+        boxes = boxes[slots]
+
+        def overlapping(rows: Tensor, others: Tensor, boxes=boxes) -> Tensor:
+            over = measure(boxes[rows // num_classes], boxes[others // num_classes], beta_nms) > iou_thres
+            return over if agnostic else over & (rows[:, None] % num_classes == others % num_classes)
+
+        kept = _suppress(_best_first(scores, conf_thres), overlapping, slots[:0], max_det)
+        detections.append(Detections(boxes=boxes[kept // num_classes], scores=scores[kept], labels=kept % num_classes))
+    return detections
+
+
+def _best_class_only(scores: Tensor) -> Tensor:
+    """Scores [R, C] with all but the (first) best of each row set to 0."""
+    best = scores.argmax(dim=1, keepdim=True)
+    return torch.zeros_like(scores).scatter_(1, best, scores.gather(1, best))
+
+
+def _best_first(scores: Tensor, threshold: float) -> Iterator[Tensor]:
+    """Positions in ``scores`` [N] above the threshold in chunks, best first, equal scores by position.
+
+    Only as much is sorted as is asked for. All of a pool's equals belong to the pool, so that the order is total.
+    """
+    left = (scores > threshold).nonzero().squeeze(1)
+    pool = FIRST_POOL
+    while len(left):
+        values = scores[left]
+        if len(left) > pool:
+            within = values >= values.topk(pool, sorted=False).values.min()
+            head, left = left[within], left[~within]
+        else:
+            head, left = left, left[:0]
+        order = scores[head].argsort(descending=True, stable=True)
+        yield from head[order].split(CHUNK)
+        pool *= 8
+
+
+def _suppress(
+    chunks: Iterator[Tensor], overlapping: Callable[[Tensor, Tensor], Tensor], kept: Tensor, max_det: int
+) -> Tensor:
+    """``kept`` and the best of the candidates that overlap none before them, at most ``max_det`` in all."""
+    for chunk in chunks:
+        chunk = chunk[~overlapping(chunk, kept).any(dim=1)]
+        beaten_by = overlapping(chunk, chunk).tril(-1)
+        kept = torch.cat([kept, chunk[_survivors(beaten_by)]])
+        if len(kept) >= max_det:
+            break
+    return kept[:max_det]
+
+
+def _survivors(beaten_by: Tensor) -> Tensor:
+    """Greedy suppression without a loop over rows: bool [n] from ``beaten_by`` [n, n], strictly lower triangular.
+
+    A row survives if no survivor beats it. Repeating this for all rows at once settles at least one more row each
+    time, so that it ends at the only solution: in practice after as many steps as the longest chain, less than ten.
+    """
+    alive = beaten_by.new_ones(len(beaten_by))
+    while True:
+        settled = ~(beaten_by & alive).any(dim=1)
+        if torch.equal(settled, alive):
+            return alive
+        alive = settled
