@@ -48,7 +48,7 @@ def confidence_curves(result: CocoResult) -> Curves:
     known = np.where(num_truths > 0, num_truths, np.nan)[:, None]
     return Curves(
         confidence=confidence,
-        precision=hits / np.where(seen > 0, seen, np.nan) + 0 * known,
+        precision=np.where((seen > 0) & (known > 0), hits / np.maximum(seen, 1), np.nan),
         recall=hits / known,
         f1=2 * hits / (seen + known),
         recall_points=RECALL_POINTS,

@@ -20,7 +20,7 @@ from utils.metrics.flat import FlatDetections, FlatTruths, overlapping_pairs, pr
 class RankRule:
     """One way to turn a ranked list into a number."""
 
-    points: int  # recall points, or 0 for the area under the envelope of the curve
+    points: np.ndarray | None  # recall points, or None for the area under the envelope of the curve
     reaches: Callable  # (overlap, threshold) -> bool
     prefer: Callable  # (overlap, ignored) -> how much a detection wants a truth
     mean: Callable  # over the classes that have truths, or over all
@@ -46,11 +46,11 @@ def _by_counting_then_overlap(overlap: np.ndarray, ignored: np.ndarray) -> np.nd
 VOC = {"reaches": np.greater_equal, "prefer": _by_overlap, "mean": _over_known}
 DARKNET = {"reaches": np.greater, "prefer": _by_counting_then_overlap, "mean": _over_all}
 RANK_RULES = {
-    "voc07": RankRule(points=11, **VOC),
-    "voc12": RankRule(points=0, **VOC),
-    "darknet0": RankRule(points=0, **DARKNET),
-    "darknet11": RankRule(points=11, **DARKNET),
-    "darknet101": RankRule(points=101, **DARKNET),
+    "voc07": RankRule(points=np.linspace(0, 1, 11), **VOC),  # rounded like the devkit's: 0.1 * 6 lies above 9 / 15
+    "voc12": RankRule(points=None, **VOC),
+    "darknet0": RankRule(points=None, **DARKNET),
+    "darknet11": RankRule(points=np.arange(11) / 10, **DARKNET),
+    "darknet101": RankRule(points=np.arange(101) / 100, **DARKNET),
 }
 
 
@@ -103,14 +103,13 @@ def evaluate_ranked(
     hits = np.arange(1, len(rows) + 1) - np.searchsorted(label, np.arange(num_classes))[label]
     precision = hits / (rows - start[label] + 1)
 
-    if rule.points:
-        points = np.arange(rule.points) / (rule.points - 1)
-        ap = precision_at(points, label, hits / num_truths[label], precision, num_classes).mean(axis=1)
-    else:
+    if rule.points is None:
         ap = np.zeros(num_classes)
         for number in np.unique(label):
             envelope = np.maximum.accumulate(precision[label == number][::-1])
             ap[number] = envelope.sum() / num_truths[number]
+    else:
+        ap = precision_at(rule.points, label, hits / num_truths[label], precision, num_classes).mean(axis=1)
     ap[num_truths == 0] = np.nan
 
     above = found.score > confidence

@@ -1,0 +1,72 @@
+"""Predict every picture of a loader and measure the result: one evaluator for training and for ``test.py``."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.metrics import DetectionMetrics, Evaluation
+from utils.structures import Batch, Detections, Record
+from utils.timing import Waiting
+
+Predict = Callable[[Tensor], list[Detections]]
+Observe = Callable[[Batch, list[Detections]], None]
+
+
+def evaluate(
+    predict: Predict,
+    loader: Iterable[Batch],
+    records: list[Record],
+    names: list[str],
+    *,
+    protocol: str = "coco",
+    observe: Observe | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Run ``predict`` over ``loader`` and compare with ``records``.
+
+    Args:
+        predict: uint8 images [B, C, H, W] -> detections per picture, in pixels of these images. Moves the images to
+            its own device. Where it has a ``timer`` (utils/timing.py), its parts appear in ``Evaluation.speed``.
+        loader: batches whose ``infos[i].id`` is a position in ``records``.
+        protocol: ``coco``, or a key of ``RANK_RULES`` to be measured beside it.
+        observe: called per batch with the detections in pixels of the original pictures.
+    """
+    metrics, num_images, seconds = DetectionMetrics(names), 0, 0.0
+    timer = getattr(predict, "timer", None)
+    parts_before = dict(timer.seconds) if timer else {}
+    waiting = Waiting(loader)
+    for batch in tqdm(waiting, desc="evaluate", unit="batch", leave=False, disable=not progress):
+        start = time.perf_counter()
+        found = predict(batch.images)
+        found = [detections.cpu().to_original(info) for detections, info in zip(found, batch.infos, strict=True)]
+        seconds += time.perf_counter() - start
+        num_images += len(batch)
+        for detections, info in zip(found, batch.infos):
+            metrics.update(detections, records[info.id])
+        if observe:
+            observe(batch, found)
+    start = time.perf_counter()
+    result = metrics.compute(protocol)
+    parts = {name: total - parts_before.get(name, 0.0) for name, total in timer.seconds.items()} if timer else {}
+    parts = {"data": waiting.seconds, **(parts or {"predict": seconds}), "metrics": time.perf_counter() - start}
+    return replace(result, speed={name: 1000 * total / max(num_images, 1) for name, total in parts.items()})
+
+
+def coco_results(detections: list[Detections], records: list[Record], category_ids: list[int]) -> list[dict]:
+    """Detections in original pixels -> the entries of a COCO results file, ready for ``json.dump``.
+
+    Args:
+        category_ids: the data set's own id of every label. Pictures without a number of their own get their position.
+    """
+    entries = []
+    for position, (found, record) in enumerate(zip(detections, records, strict=True)):
+        image_id = position if record.image_id is None else record.image_id
+        boxes = found.boxes.double()
+        boxes[:, 2:] -= boxes[:, :2]
+        for box, score, label in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
+            entry = {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+            entries.append(entry)
+    return entries
