@@ -1,0 +1,291 @@
+"""Sections -> what each layer reads and makes, before anything is allocated. Imports no torch.
+
+All problems of a file are found in one walk: a layer that is wrong has no shape, and those that read it are passed over
+in silence, so that one mistake is one complaint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+from models.cfg import Cfg, feeding_convolution, head_anchors, head_filters
+from models.rules import ANY, HEADS, NET, REFUSED, SECTIONS, Rule
+from models.section import CfgError, Problem, Section, clip, raise_errors
+from models.shapes import LayerSpec, Shape
+
+MAX_FLOATS = 2 * 10**9  # parameters: 8 GB
+MAX_VALUES = 4 * 10**9  # outputs of all layers for one image: 16 GB
+NOT_AN_OUTPUT = ("cost", "contrastive", "dropout", "empty")  # training only
+MISSPELT = 0.8  # similarity from which an unknown key is taken for a known one
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What each layer reads and makes. ``layers[i]`` belongs to ``cfg.layers[i]``.
+
+    heads: indices of the head layers, in cfg order.
+    outputs: indices of the layers whose output the network returns: the heads, or the last computing layer.
+    last_use: per layer, the last layer that reads it; ``len(layers)`` for outputs, its own index for nobody.
+    """
+
+    cfg: Cfg
+    width: int
+    height: int
+    layers: tuple[LayerSpec | None, ...]  # None only where strict=False left a layer without a shape
+    heads: tuple[int, ...]
+    outputs: tuple[int, ...]
+    last_use: tuple[int, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Input pixels per cell of each head, from the shapes."""
+        return tuple(round(self.height / self.layers[head].shape[1]) for head in self.heads)
+
+
+def build_graph(cfg: Cfg, width: int | None = None, height: int | None = None, strict: bool = True) -> Graph:
+    """Infer every layer's inputs, shape, parameters and FLOPs; ``width`` and ``height`` replace the cfg's.
+
+    Errors: all problems of the file together as one `CfgError`; with ``strict=False`` they are in ``Graph.problems``.
+    """
+    return _Walk(cfg, width, height).graph(strict)
+
+
+class _Walk:
+    def __init__(self, cfg: Cfg, width: int | None, height: int | None):
+        self.cfg, self.problems = cfg, []
+        self.specs: list[LayerSpec | None] = []
+        self.sound = [self._check_net(cfg.net)]
+        self.sound = [*self.sound, *(self._check_section(section) for section in cfg.layers)]
+        self.width = width or (cfg.width if self.sound[0] else 0)
+        self.height = height or (cfg.height if self.sound[0] else 0)
+
+    def graph(self, strict: bool) -> Graph:
+        image = None
+        if self.sound[0]:
+            image = self._image((self.cfg.channels, self.height, self.width))
+        for index, section in enumerate(self.cfg.layers):
+            self.specs.append(self._guarded(self._layer, index, section, image) if self.sound[index + 1] else None)
+        self._check_budget()
+        heads = tuple(i for i, section in enumerate(self.cfg.layers) if section.type in HEADS)
+        for index in heads:
+            self._guarded(self._check_head, index)
+        self._check_heads_together(heads)
+        for index, section in enumerate(self.cfg.layers):
+            if "share_index" in section:
+                self._guarded(self._check_shared, index, section)
+        if strict:
+            raise_errors(self.problems)
+        outputs = heads or self._last_computing()
+        problems = tuple(sorted(self.problems, key=lambda problem: problem.line))
+        last_use = self._last_use(outputs)
+        return Graph(self.cfg, self.width, self.height, tuple(self.specs), heads, outputs, last_use, problems)
+
+    def _guarded(self, function, *arguments):
+        """The function's result, or None with its complaint noted."""
+        try:
+            return function(*arguments)
+        except CfgError as error:
+            self.problems.extend(error.problems)
+            return None
+
+    # ---- keys and values
+
+    def _check_section(self, section: Section) -> bool:
+        if section.type in REFUSED:
+            self._note(section, f"[{section.type}] ({REFUSED[section.type]}) is not supported")
+            return False
+        if section.type not in SECTIONS:
+            close = difflib.get_close_matches(section.type, [*SECTIONS, *REFUSED], 1)
+            close = close or difflib.get_close_matches(section.type.lower(), SECTIONS, 1)
+            hint = f"did you mean [{close[0]}]? " if close else ""
+            fix = f"[{close[0]}]" if close and close[0] in SECTIONS else None
+            self._note(
+                section, f"unknown section [{clip(section.type)}]", f"{hint}Darknet does not know it either", fix=fix
+            )
+            return False
+        return self._check_keys(section, SECTIONS[section.type])
+
+    def _check_keys(self, section: Section, rule: Rule) -> bool:
+        """Note every unknown key and every bad value; True where the section can be used."""
+        before = len(self._errors())
+        for key in section.options:
+            check = rule.keys.get(key) or ANY.keys.get(key)
+            if check:
+                self._guarded(check, section, key)
+            elif key not in rule.known:
+                self._unknown_key(section, key, rule)
+        for key in rule.required:
+            if key not in section:
+                self._note(section, f"[{section.type}] lacks '{key}'")
+        for key, default in rule.said.items():
+            if key not in section:
+                self._note(section, f"[{section.type}] lacks '{key}': {default}, as in Darknet", severity="warning")
+        return len(self._errors()) == before
+
+    def _unknown_key(self, section: Section, key: str, rule: Rule) -> None:
+        """A close misspelling of a key that counts is an error; what Darknet would pass over too is a warning."""
+        option = section.options[key]
+        close = [name for name in difflib.get_close_matches(key, rule.known, 3, MISSPELT) if name not in section]
+        if close:
+            hint = f"did you mean '{close[0]}'? Darknet does not read '{clip(key)}' either"
+            self._note(
+                section, f"unknown key '{clip(key)}' in [{section.type}]", hint, key, fix=f"{close[0]}={option.text}"
+            )
+            return
+        hint = "Darknet does not read it either"
+        message = f"unknown key '{clip(key)}' in [{section.type}]"
+        self._note(section, message, hint, key, "warning", fix=f"# {key}={option.text}")
+
+    def _check_net(self, net: Section) -> bool:
+        required = ("inputs",) if "inputs" in net else ("width", "height", "channels")
+        sound = self._check_keys(net, replace(NET, required=required))
+        if not sound:
+            return False
+        batch, subdivisions = net.int("batch", 1), net.int("subdivisions", 1)
+        if subdivisions > batch:
+            self._note(net, f"subdivisions={subdivisions} is more than batch={batch}", key="subdivisions")
+        steps, scales = net.ints("steps", ()), net.floats("scales", ())
+        if net.str("policy", "constant") == "steps" and len(steps) != len(scales):
+            self._note(
+                net, f"{len(steps)} steps but {len(scales)} scales", key="scales" if "scales" in net else "steps"
+            )
+        return True
+
+    # ---- shapes
+
+    def _image(self, shape: Shape) -> LayerSpec:
+        return LayerSpec(index=-1, section=self.cfg.net, inputs=(), in_shapes=(), shape=shape)
+
+    def _layer(self, index: int, section: Section, image: LayerSpec | None) -> LayerSpec | None:
+        rule = SECTIONS[section.type]
+        inputs = self._inputs(index, section, rule.reads)
+        sources = [image if number == -1 else self.specs[number] for number in inputs]
+        if None in sources:
+            return None
+        made = rule.infer(section, sources)
+        floats = 0 if section.flag("dontload") else made.params if made.floats is None else made.floats
+        shapes = tuple(source.shape for source in sources)
+        if section.type == "shortcut" and len({shape[1:] for shape in shapes}) > 1:
+            message = f"a larger layer is added every {max(s[1] for s in shapes) // shapes[0][1]} pixels"
+            self._note(section, message, "as the first Darknet did", "from", "warning")
+        return LayerSpec(
+            index=index,
+            section=section,
+            inputs=inputs,
+            in_shapes=shapes,
+            shape=made.shape,
+            params=made.params,
+            floats=floats,
+            flops=made.flops,
+        )
+
+    def _inputs(self, index: int, section: Section, reads: str) -> tuple[int, ...]:
+        """Absolute indices of what the layer reads; -1 is the image."""
+        if reads == "nothing":
+            return ()
+        if reads == "previous":
+            return (index - 1,)
+        named = tuple(self._absolute(index, section, reads, number) for number in section.ints(reads))
+        return named if reads == "layers" else (index - 1, *named)
+
+    def _absolute(self, index: int, section: Section, key: str, number: int) -> int:
+        absolute = index + number if number < 0 else number
+        if absolute < 0:
+            raise section.error(f"{section.type} {number} from layer {index} points before layer 0", key)
+        if absolute == index:
+            raise section.error(f"{section.type} {number} from layer {index} points to itself", key)
+        if absolute > index:
+            last = f"the last layer is {len(self.cfg.layers) - 1}"
+            raise section.error(f"{section.type} {number} from layer {index} points forward", key, last)
+        return absolute
+
+    def _check_budget(self) -> None:
+        """Refuse sizes that cannot be meant, before anything is allocated."""
+        params = values = 0
+        for spec in filter(None, self.specs):
+            params += spec.params
+            values += spec.shape[0] * spec.shape[1] * spec.shape[2]
+            if params > MAX_FLOATS or values > MAX_VALUES:
+                what = f"{params:,} parameters" if params > MAX_FLOATS else f"{values:,} output values per image"
+                limit = MAX_FLOATS if params > MAX_FLOATS else MAX_VALUES
+                self._note(spec.section, f"too large: {what} up to here, the limit is {limit:,}")
+                return
+
+    # ---- heads
+
+    def _check_head(self, index: int) -> None:
+        section, spec = self.cfg.layers[index], self.specs[index]
+        convolution = feeding_convolution(self.cfg, index)
+        if convolution is None:
+            raise section.error(f"no convolution feeds this [{section.type}]", hint="a head needs one before it")
+        if spec is None:
+            return
+        needed, found = head_filters(section), spec.shape[0]
+        if found != needed:
+            key = "filters" if "filters" in convolution else None
+            found = f"filters={convolution.int('filters')}, [{section.type}] line {section.line} needs {needed}"
+            self._note(convolution, found, "anchors in mask * (classes + values)", key, fix=f"filters={needed}")
+        pairs, num = len(head_anchors(section)), section.int("num")
+        if pairs > num:
+            found = f"{pairs} anchors, but num={num}: mask may name all of them"
+            self._note(section, found, "Darknet reads past its table", "num", "warning", f"num={pairs}")
+        if section.type != "region" and "mask" not in section:
+            self._note(section, f"no mask: all {section.int('num')} anchors", severity="warning")
+        if section.flag("new_coords") and convolution.str("activation", "logistic") != "logistic":
+            found = f"activation={convolution.str('activation')}, [{section.type}] line {section.line} has new_coords=1"
+            self._note(
+                convolution, found, "new_coords needs activation=logistic", "activation", fix="activation=logistic"
+            )
+
+    def _check_heads_together(self, heads: tuple[int, ...]) -> None:
+        classes = [self.cfg.layers[i] for i in heads if self.sound[i + 1]]
+        for section in classes[1:]:
+            if section.int("classes") != classes[0].int("classes"):
+                found = f"classes={section.int('classes')}, but {classes[0].int('classes')} at line "
+                self._note(section, f"{found}{classes[0].options['classes'].line}", key="classes")
+        specs = [self.specs[i] for i in heads if self.specs[i]]
+        if not specs:
+            return
+        for key, size, axis in (("height", self.height, 1), ("width", self.width, 2)):
+            cells = min(spec.shape[axis] for spec in specs)
+            if size % cells:
+                found = f"{key}={size} is not a multiple of the largest stride: {cells} cells"
+                self._note(self.cfg.net, found, "cells then differ in size", key, "warning")
+
+    def _check_shared(self, index: int, section: Section) -> None:
+        if not self.sound[index + 1]:
+            return
+        absolute = self._absolute(index, section, "share_index", section.int("share_index"))
+        owner, spec = self.specs[absolute], self.specs[index]
+        if owner is None or spec is None:
+            return
+        weights = [(s.section.type, s.in_shapes[0][0], s.shape[0], s.section.int("size", 1)) for s in (owner, spec)]
+        if weights[0] != weights[1]:
+            line = owner.section.line
+            raise section.error(f"share_index: layer {absolute} (line {line}) has other weights", "share_index")
+
+    # ---- what the network returns
+
+    def _last_computing(self) -> tuple[int, ...]:
+        for index in range(len(self.cfg.layers) - 1, -1, -1):
+            if self.cfg.layers[index].type not in NOT_AN_OUTPUT:
+                return (index,)
+        return ()
+
+    def _last_use(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
+        last = list(range(len(self.specs)))
+        for spec in filter(None, self.specs):
+            for source in spec.inputs:
+                if source >= 0:
+                    last[source] = spec.index
+        for index in outputs:
+            last[index] = len(last)
+        return tuple(last)
+
+    def _errors(self) -> list[Problem]:
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    def _note(self, section, message, hint="", key=None, severity="error", fix=None) -> None:
+        self.problems.append(section.problem(message, key, hint, severity, fix))
