@@ -20,7 +20,7 @@ def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
         ResourceError: the project folder cannot be written.
     """
     project, number = Path(project), 1
-    if not name or Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise UserError(f"--name {name}", "expected a plain folder name", "use --project for the folder it goes to")
     try:
         project.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,69 @@
+"""Run folders are never shared or emptied; devices and precisions that do not exist are refused."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from utils.errors import ResourceError, UserError
+from utils.run import new_run, select_device, select_precision
+
+
+def test_runs_are_numbered_and_nothing_is_removed(tmp_path):
+    first = new_run(tmp_path / "runs", "exp")
+    (first / "thesis.txt").write_text("mine")
+    assert [new_run(tmp_path / "runs", "exp").name for _ in range(2)] == ["exp2", "exp3"]
+    assert new_run(tmp_path / "runs", "exp", exist_ok=True) == first
+    assert (first / "thesis.txt").read_text() == "mine"
+
+
+def test_runs_that_start_together_get_different_folders(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: new_run(tmp_path, "exp"), range(24)))
+    assert len(set(folders)) == 24
+
+
+def test_a_project_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResourceError, match=r"cannot make the run folder"):
+        new_run(tmp_path / "file", "exp")
+    (tmp_path / "exp").write_text("x")
+    with pytest.raises(ResourceError, match=r"cannot make"):
+        new_run(tmp_path, "exp", exist_ok=True)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_project(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ResourceError, match=r"Permission denied"):
+        new_run(tmp_path, "exp")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "/x"])
+def test_names_that_are_paths(tmp_path, name):
+    with pytest.raises(UserError, match=r"plain folder name"):
+        new_run(tmp_path, name)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select_device("cpu") == torch.device("cpu")
+    assert select_device("") == torch.device("cuda", 0)
+    assert select_device("cuda:1") == select_device("1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert select_device("") == torch.device("cuda", 1)
+    for text, message in (("2", "no such GPU, 2 found"), ("0,1", "torchrun"), ("gpu", "expected cpu or a GPU number")):
+        with pytest.raises(UserError, match=message):
+            select_device(text)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert select_device("") == torch.device("cpu")
+
+
+def test_precisions():
+    cpu = torch.device("cpu")
+    assert select_precision("float32", cpu).dtype == torch.float32
+    assert select_precision("auto", cpu).name in ("float32", "bf16")
+    assert select_precision("fp16", torch.device("cuda")).scaler
+    with pytest.raises(UserError, match=r"needs a CUDA device"):
+        select_precision("fp16", cpu)
