@@ -2,8 +2,8 @@
 
 Rules, the same for training, evaluation and detection (H height, W width, C channels):
 
-* EXIF orientation is applied in every format that carries it; sizes are those of the upright picture, and so are labels.
-* Grey is repeated to three channels, a palette is looked up, alpha is dropped (not blended), CMYK is converted by OpenCV.
+* EXIF orientation is applied in every format that carries it; sizes and labels are those of the upright picture.
+* Grey is repeated to three channels, a palette is looked up, alpha is dropped (not blended), OpenCV converts CMYK.
 * 16 bits become 8 by ``>> 8``; float and 32-bit pictures are refused: their range is not defined.
 * Of an animation or a multi-page file the first picture counts.
 * More pixels than ``MAX_PIXELS`` are refused from the header, before any memory is taken for them.
@@ -31,7 +31,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 from utils.errors import UserError
 
 MAX_PIXELS = 50_000_000
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .pbm .pgm .ppm .mpo".split())
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm")
+)
 READERS = {  # Pillow's header readers; Image.open would add formats that run a helper, and a size limit of its own
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
@@ -149,10 +151,10 @@ def decode_image(
 def _open(path: str | Path) -> BinaryIO:
     """Open a regular file; a pipe or a device would block or never end."""
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
         if not stat.S_ISREG(mode):
             raise ImageError(path, "not a regular file", "expected a picture" if stat.S_ISDIR(mode) else "")
-        return open(path, "rb")  # noqa: PTH123, SIM115: pathlib's open costs more; callers use `with`
+        return Path(path).open("rb")
     except OSError as error:
         raise ImageError(path, error.strerror or str(error)) from error
     except ValueError as error:  # a NUL in the name

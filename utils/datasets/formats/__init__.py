@@ -1,0 +1,1 @@
+"""One file per annotation format; each ends in the same records."""

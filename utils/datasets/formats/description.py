@@ -1,0 +1,213 @@
+"""What kind of data set a path is, and what its splits consist of; nothing of the data itself is opened here.
+
+==================  ============================================================================================
+``data.yaml``       ``path``, ``train``, ``val``, ``test`` (folders, lists of them, or .txt lists), ``names``, ``nc``;
+                    ``format: coco`` with ``annotations: {train: a.json, val: b.json}`` (or one file for all), or
+                    ``format: voc`` with ``train: train`` naming a list of ``ImageSets/Main``
+``obj.data``        Darknet: ``classes``, ``train``, ``valid``, ``names``
+``instances.json``  COCO; a file is one split, whichever is asked for
+folder              with a ``data.yaml``, or with ``ImageSets/Main`` (Pascal VOC)
+==================  ============================================================================================
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from utils.config import Located, read_yaml
+from utils.datasets.formats.pictures import Source, find, read_lines
+from utils.datasets.formats.rows import KEPT, Problems
+from utils.datasets.formats.voc import SPLITS
+from utils.datasets.shapes import ensure_shapes
+from utils.errors import UserError, nearest
+
+GENERATORS = {"shapes": ensure_shapes}  # data sets that are made at first use
+YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
+YAML_FORMATS = ("yolo", "coco", "voc")
+ENTRY_KEYS = ("train", "val", "test")
+KNOWN_KEYS = {*ENTRY_KEYS, "path", "names", "nc", "format", "annotations", "generator", "download", "roboflow"}
+VOC_LISTS = {"val": ("val", "valid")}
+
+
+def describe(path: Path, split: str, problems: Problems) -> Source:
+    """What kind of data set a path is and what its split consists of. Raises UserError where it is none."""
+    if path.is_dir():
+        return _describe_folder(path, split, problems)
+    if not path.exists():
+        raise UserError(path, "no such data set", f"looked at {Path.cwd() / path}")
+    suffix = path.suffix.lower()
+    if suffix not in DESCRIBERS:
+        raise UserError(path, f"not a data set: suffix '{suffix}'", f"expected {', '.join(DESCRIBERS)} or a folder")
+    return DESCRIBERS[suffix](path, split, problems)
+
+
+def _describe_folder(folder: Path, split: str, problems: Problems) -> Source:
+    file = next((folder / name for name in YAML_NAMES if (folder / name).is_file()), None)
+    if file is not None:
+        return _describe_yaml(file, split, problems)
+    if (folder / SPLITS).is_dir():
+        listed = [name for name in VOC_LISTS.get(split, (split,)) if (folder / SPLITS / f"{name}.txt").is_file()]
+        if not listed:
+            known = sorted(file.stem for file in (folder / SPLITS).glob("*.txt"))
+            raise UserError(folder / SPLITS, f"no list '{split}.txt'", f"there is: {', '.join(known)}")
+        where = str(folder / SPLITS / f"{listed[0]}.txt")
+        return Source(
+            file=folder,
+            format="voc",
+            split=split,
+            entries=(listed[0],),
+            where=where,
+            bases=(folder,),
+            annotations=folder,
+        )
+    raise UserError(
+        folder, f"no data set: neither {YAML_NAMES[0]} nor {SPLITS}", "write a data.yaml with train, val, names"
+    )
+
+
+def _describe_json(path: Path, split: str, problems: Problems) -> Source:
+    return Source(file=path, format="coco", split=split, where=str(path), annotations=path)
+
+
+def _describe_darknet(path: Path, split: str, problems: Problems) -> Source:
+    """A Darknet .data file. Darknet starts relative paths at its working folder, usually the one above this file."""
+    options: dict[str, tuple[str, int]] = {}
+    for line, number in read_lines(path):
+        key, equals, value = line.partition("=")
+        if line[0] not in "#;" and equals:
+            options.setdefault(key.strip(), (value.strip(), number))  # the first one wins, as in Darknet
+    key = {"val": "valid"}.get(split, split)
+    for needed, example in (("names", "data/my.names"), (key, f"data/{key}.txt")):
+        if needed not in options:
+            raise UserError(path, f"no '{needed}'", f"add the line: {needed} = {example}")
+    bases = (path.parent, path.parent.parent, Path.cwd())
+    file, line = options["names"]
+    names = read_names(find(file, bases, f"{path}:{line}", "names file"))
+    classes, line = options.get("classes", (str(len(names)), 0))
+    if classes != str(len(names)):
+        raise UserError(
+            f"{path}:{line}", f"classes = {classes}, but {file} has {len(names)} names", "correct one of them"
+        )
+    entry, line = options[key]
+    return Source(
+        file=path, format="darknet", split=split, entries=(entry,), where=f"{path}:{line}", bases=bases, names=names
+    )
+
+
+def _describe_yaml(path: Path, split: str, problems: Problems) -> Source:
+    data = read_yaml(path)
+    place = data.places.get
+    kind = data.get("format", "yolo")
+    if kind not in YAML_FORMATS:
+        raise UserError(place("format"), f"no such format: {kind!r}", nearest(str(kind), YAML_FORMATS))
+    for key in sorted(data.keys() - KNOWN_KEYS, key=str):
+        problems.add(place(key, path), None, "key is not used", f"'{key}', {nearest(key, KNOWN_KEYS)}", KEPT)
+    if "download" in data:
+        problems.add(place("download"), None, "'download' is ignored", "nothing is fetched or run", KEPT)
+    root = _root(data, path)
+    annotations = _annotations(data, path, root, split) if kind == "coco" else root
+    entries = _entries(data, path, split)
+    return Source(
+        file=path,
+        format=kind,
+        split=split,
+        entries=entries,
+        where=place(split, str(path)),
+        bases=(root, path.parent),
+        names=_names(data, path, problems, required=kind == "yolo"),
+        annotations=annotations,
+    )
+
+
+DESCRIBERS = {
+    ".yaml": _describe_yaml,
+    ".yml": _describe_yaml,
+    ".data": _describe_darknet,
+    ".json": _describe_json,
+}
+
+
+def _root(data: Located, path: Path) -> Path:
+    """The folder ``path:`` names, relative to the yaml or to the working folder; generated data is made there."""
+    text = data.get("path", ".")
+    where = data.places.get("path", str(path))
+    if not isinstance(text, str):
+        raise UserError(where, f"path: expected text, found {text!r}", "quote it")
+    folder = Path(text).expanduser()
+    if "generator" in data:
+        name = data["generator"]
+        if name not in GENERATORS:
+            raise UserError(data.places["generator"], f"no such generator: {name!r}", nearest(str(name), GENERATORS))
+        GENERATORS[name](path.parent / folder)
+    places = [path.parent / folder, Path.cwd() / folder]
+    root = next((place for place in places if place.is_dir()), None)
+    if root is None:
+        raise UserError(where, f"no such folder: '{text}'; looked at {places[0]}, {places[1]}", "correct 'path:'")
+    return root
+
+
+def _entries(data: Located, path: Path, split: str) -> tuple[str, ...]:
+    """The folders and lists of a split, as written."""
+    entry = data.get(split)
+    if entry is None and data.get("format") == "coco" and "annotations" in data:
+        return ()  # the JSON names its pictures
+    if entry is None:
+        known = [key for key in ENTRY_KEYS if data.get(key) is not None]
+        raise UserError(
+            path, f"no '{split}:'", f"there is: {', '.join(known) or 'no split at all'}; add '{split}: images/{split}'"
+        )
+    entries = entry if isinstance(entry, list) else [entry]
+    if not entries or not all(isinstance(item, str) and item for item in entries):
+        raise UserError(data.places[split], f"{split}: expected a folder or a list file, found {entry!r}", "quote it")
+    return tuple(entries)
+
+
+def _annotations(data: Located, path: Path, root: Path, split: str) -> Path:
+    """The COCO file of a split."""
+    value = data.get("annotations")
+    if isinstance(value, dict):
+        value = value.get(split)
+    where = data.places.get("annotations", str(path))
+    if not isinstance(value, str):
+        raise UserError(
+            where, f"no annotation file for '{split}'", f"add 'annotations: {{{split}: instances_{split}.json}}'"
+        )
+    return find(value, (root, path.parent), where, "annotation file")
+
+
+def _names(data: Located, path: Path, problems: Problems, *, required: bool) -> tuple[str, ...] | None:
+    """Class names from a list, a map from id to name, or a file of names; None where a format knows them itself."""
+    names, where = data.get("names"), data.places.get("names", str(path))
+    if names is None:
+        if required:
+            raise UserError(path, "no 'names:', the classes have no names", "add the line: names: [cat, dog]")
+        return None
+    if isinstance(names, str):
+        names = list(read_names(find(names, (path.parent, Path.cwd()), where, "names file")))
+    if isinstance(names, dict):
+        holes = sorted(set(range(len(names))) - set(names))
+        if holes or any(isinstance(key, str) for key in names):
+            raise UserError(where, f"names: ids must run from 0 to {len(names) - 1}, found {sorted(names, key=str)}")
+        names = [names[label] for label in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise UserError(where, f"names: expected a list of class names, found {names!r}", "names: [cat, dog]")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(where, f"names: expected text, found {name!r}", "quote it")
+    num = data.get("nc", len(names))
+    if num != len(names):
+        raise UserError(data.places["nc"], f"nc is {num}, but there are {len(names)} names", "correct one of them")
+    double = [name for name, count in Counter(names).items() if count > 1]
+    if double:
+        problems.add(where, None, "two classes have the same name", ", ".join(double), KEPT)
+    return tuple(names)
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The class names in a .names file, one a line. Raises UserError for an empty line between them, or no name."""
+    lines = read_lines(path)
+    if not lines:
+        raise UserError(path, "no class name", "write one name a line")
+    for expected, (_, number) in enumerate(lines, 1):
+        if number != expected:
+            raise UserError(f"{path}:{expected}", "an empty line between the names", "remove it")
+    return tuple(text for text, _ in lines)

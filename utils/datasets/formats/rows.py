@@ -1,0 +1,163 @@
+"""From annotated rows to a record: what is clipped, dropped or set aside, and where that is counted.
+
+The rules, the same for every format (policy ``clip`` is the default):
+
+* A box over the border by no more than a thousandth of the picture's side is rounding: cut back, counted, never fatal;
+  by no more than the last digit of a six-digit label: cut back and not even counted.
+* A box further over the border is cut back and kept where at least a tenth of its area remains (``clip``), or its row
+  is dropped (``drop``). What no rule can save - text, NaN, no width, outside - is dropped by both.
+* ``fatal`` raises at the first row that ``clip`` would have changed or dropped.
+* A bad row never costs its picture. A picture all of whose rows are bad is quarantined: taken out of the set and
+  counted, because as a background it would teach that nothing is there.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.structures import Record
+
+POLICIES = ("clip", "drop", "fatal")
+CLIPPED, DROPPED, QUARANTINED, KEPT = "clipped", "row dropped", "picture quarantined", "kept"
+LAST_DIGIT = 2e-6  # of a side: two roundings (center and size) of a label with six decimals
+ROUNDING = 1e-3  # of a side: what sloppier writers leave
+MIN_VISIBLE = 0.1  # share of a box's area that must lie inside the picture
+MAX_ROWS = 10_000  # boxes in one picture; more is a broken file
+
+
+class Row(NamedTuple):
+    """One annotated object, pixels of the upright picture."""
+
+    label: int
+    box: tuple[float, float, float, float]  # xyxy
+    line: int | None = None  # where it stands in its file
+    ignore: bool = False
+    crowd: bool = False
+    area: float | None = None  # the annotated (mask) area, if it is known
+
+
+class Problem(NamedTuple):
+    """Something in a data set that is not as it should be, and what was done about it."""
+
+    path: str
+    line: int | None
+    reason: str  # a category, the same text for all problems of a kind
+    found: str  # this one's particulars
+    action: str  # CLIPPED, DROPPED, QUARANTINED or KEPT
+
+    @property
+    def where(self) -> str:
+        return self.path if self.line is None else f"{self.path}:{self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}{': ' * bool(self.found)}{self.found} ({self.action})"
+
+
+@dataclass
+class Problems:
+    """Collects problems; under policy ``fatal`` one that costs anything is raised instead."""
+
+    policy: str = "clip"
+    entries: list[Problem] = field(default_factory=list)
+
+    def add(self, path: object, line: int | None, reason: str, found: object = "", action: str = DROPPED) -> None:
+        problem = Problem(str(path), line, reason, str(found), action)
+        if self.policy == "fatal" and action != KEPT:
+            raise UserError(problem.where, f"{reason}{': ' * bool(problem.found)}{problem.found}")
+        self.entries.append(problem)
+
+
+def make_record(
+    picture: Path,
+    size: tuple[int, int],
+    rows: Sequence[Row],
+    *,
+    num_bad: int,
+    source: object,
+    problems: Problems,
+    min_area: float = 1.0,
+    image_id: int | str | None = None,
+) -> Record | None:
+    """A record of the rows that can be used; None where the picture is quarantined.
+
+    Args:
+        picture: the image file.
+        size: its upright (H, W), pixels.
+        rows: what could be read at all.
+        num_bad: rows that could not; they are counted already, but decide whether the picture can stay.
+        source: the annotation file, for problems.
+        problems: where to count, and by which policy.
+        min_area: least area of a usable box, square pixels; 0 takes anything with a width and a height.
+        image_id: the data set's own id.
+    """
+    if len(rows) > MAX_ROWS:
+        problems.add(source, None, f"more than {MAX_ROWS} boxes in one picture", len(rows), QUARANTINED)
+        return None
+    fitted = [row._replace(box=box) for row in rows if (box := _fit(row, size, source, problems, min_area)) is not None]
+    if not fitted and len(rows) + num_bad > 0:
+        problems.add(picture, None, "every row of its annotation is bad", source, QUARANTINED)
+        return None
+    boxes = np.array([row.box for row in fitted], np.float32).reshape(-1, 4)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    area = [sides[i].prod() if row.area is None else row.area for i, row in enumerate(fitted)]
+    return Record(
+        path=str(picture),
+        size=size,
+        boxes=boxes,
+        labels=np.array([row.label for row in fitted], np.int64),
+        ignore=np.array([row.ignore for row in fitted], bool),
+        crowd=np.array([row.crowd for row in fitted], bool),
+        area=np.array(area, np.float32),
+        image_id=image_id,
+    )
+
+
+def drop_duplicates(rows: Iterable[Row], source: object, problems: Problems) -> list[Row]:
+    """The rows without those that repeat an earlier label and box; each one is counted."""
+    first: dict[tuple, Row] = {}
+    for row in rows:
+        known = first.setdefault((row.label, row.box), row)
+        if known is not row:
+            problems.add(source, row.line, "the same box twice", f"as line {known.line}")
+    return list(first.values())
+
+
+def _fit(row: Row, size: tuple[int, int], source: object, problems: Problems, min_area: float):
+    """The row's box inside the picture, or None where nothing usable remains."""
+    height, width = size
+    x1, y1, x2, y2 = row.box
+    if not (x2 > x1 and y2 > y1):
+        problems.add(source, row.line, "box without width or height", _text(row.box))
+        return None
+    over = max(-x1 / width, -y1 / height, x2 / width - 1, y2 / height - 1)
+    box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    visible = max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
+    if visible < MIN_VISIBLE * (x2 - x1) * (y2 - y1):
+        reason = "box outside the picture" if visible == 0 else f"less than {MIN_VISIBLE:.0%} of the box in the picture"
+        problems.add(source, row.line, reason, _outside(row, size))
+        return None
+    if visible < min_area:
+        problems.add(source, row.line, f"box smaller than {min_area:g} square pixel", _text(row.box))
+        return None
+    if over <= LAST_DIGIT:
+        return box
+    if over <= ROUNDING:
+        found = _text(row.box)
+        problems.entries.append(Problem(str(source), row.line, "box over the border by rounding", found, CLIPPED))
+        return box
+    action = DROPPED if problems.policy == "drop" else CLIPPED
+    problems.add(source, row.line, "box over the border of its picture", _outside(row, size), action)
+    return None if action == DROPPED else box
+
+
+def _outside(row: Row, size: tuple[int, int]) -> str:
+    return f"{_text(row.box)} in {size[1]} x {size[0]}"
+
+
+def _text(box: Iterable[float]) -> str:
+    return " ".join(f"{value:.6g}" if math.isfinite(value) else str(value) for value in box)

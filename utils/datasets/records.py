@@ -1,0 +1,99 @@
+"""A data set of any known format, read in place: ``read_dataset(path, split)``.
+
+What ``path`` may be is listed in ``formats/description.py``. Nothing is ever written beside the data, downloaded or executed.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.datasets.formats.coco import read_coco
+from utils.datasets.formats.description import describe, read_names
+from utils.datasets.formats.pictures import Source
+from utils.datasets.formats.rows import KEPT, POLICIES, QUARANTINED, Problem, Problems
+from utils.datasets.formats.voc import read_voc
+from utils.datasets.formats.yolo import read_yolo
+from utils.errors import QuarantineError, UserError, nearest
+from utils.structures import Record
+
+Reader = Callable[[Source, Problems], tuple[tuple[str, ...], list[Record], int]]
+FORMATS: dict[str, Reader] = {"yolo": read_yolo, "darknet": read_yolo, "coco": read_coco, "voc": read_voc}
+__all__ = ["FORMATS", "DataSet", "Problem", "read_dataset", "read_names"]
+SHOWN_PROBLEMS = 3  # of each kind, in the summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """One split of a data set, and everything about it that is not as it should be."""
+
+    names: tuple[str, ...]
+    records: list[Record]
+    problems: list[Problem]
+    source: str
+    split: str
+    num_unlabelled: int  # pictures without any annotation file: backgrounds, but perhaps forgotten ones
+
+    @property
+    def num_boxes(self) -> int:
+        """Annotated boxes, ignore regions included."""
+        return sum(len(record.labels) for record in self.records)
+
+    def summary(self) -> str:
+        """Aligned text: pictures, backgrounds, boxes per class, problems by kind with their first places."""
+        labels = np.concatenate([record.labels for record in self.records] or [np.zeros(0, np.int64)])
+        counts = np.bincount(labels, minlength=len(self.names))
+        num_ignored = sum(int(record.ignore.sum()) for record in self.records)
+        num_empty = sum(len(record.labels) == 0 for record in self.records)
+        width = max(map(len, ("backgrounds", *self.names)))
+        lines = [
+            f"{self.source} [{self.split}]",
+            f"  {'pictures':{width}} {len(self.records):8d}",
+            f"  {'backgrounds':{width}} {num_empty:8d}"
+            + f"  ({self.num_unlabelled} of them without an annotation file)" * bool(self.num_unlabelled),
+            f"  {'boxes':{width}} {len(labels):8d}" + f"  ({num_ignored} of them to ignore)" * bool(num_ignored),
+            *(f"  {name:{width}} {count:8d}" for name, count in zip(self.names, counts)),
+        ]
+        kinds = Counter((problem.reason, problem.action) for problem in self.problems)
+        for (reason, action), count in kinds.most_common():
+            shown = [problem for problem in self.problems if (problem.reason, problem.action) == (reason, action)]
+            lines.append(f"  {count} x {reason} ({action})")
+            lines += [f"      {problem.where}: {problem.found}" for problem in shown[:SHOWN_PROBLEMS]]
+            lines += ["      ..."] * (count > SHOWN_PROBLEMS)
+        return "\n".join(lines)
+
+
+def read_dataset(path: str | Path, split: str = "train", *, policy: str = "clip") -> DataSet:
+    """Read the annotations of one split, and the size of each of its pictures; no picture is decoded.
+
+    Args:
+        path: see ``formats/description.py``.
+        split: ``train``, ``val`` or ``test`` (VOC: any list of ``ImageSets/Main``).
+        policy: what happens to bad boxes: ``clip``, ``drop`` or ``fatal``, see ``formats/rows.py``.
+
+    Raises:
+        UserError: the data set is wrong as a whole: no names, no pictures, class ids without a name.
+        QuarantineError: every picture had to be set aside.
+    """
+    if policy not in POLICIES:
+        raise UserError(f"policy '{policy}'", "no such policy", nearest(policy, POLICIES))
+    problems = Problems(policy)
+    source = describe(Path(path).expanduser(), split, problems)
+    names, records, num_unlabelled = FORMATS[source.format](source, problems)
+    if not records:
+        count = sum(problem.action == QUARANTINED for problem in problems.entries)
+        first = next((str(problem) for problem in problems.entries if problem.action == QUARANTINED), "")
+        raise QuarantineError(source.where or path, f"no usable picture: all {count} were set aside, first {first}")
+    if num_unlabelled * 2 > len(records):
+        found = f"{num_unlabelled} of {len(records)}"
+        problems.add(source.file, None, "more than half of the pictures have no annotation file", found, KEPT)
+    return DataSet(
+        names=names,
+        records=records,
+        problems=problems.entries,
+        source=str(path),
+        split=split,
+        num_unlabelled=num_unlabelled,
+    )
