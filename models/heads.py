@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from models.cfg import head_anchors, head_mask
 from models.coders import Coder, SigmoidExp, SigmoidSquare
 from models.structures import Grid, Predictions, Priors
 
@@ -43,25 +44,17 @@ class YoloHead(nn.Module):
 
     @classmethod
     def from_spec(cls, spec) -> "YoloHead":
-        """The head of a layer of the graph. Errors: anchors or mask that cannot be; wrong channels in front of it."""
+        """The head of a layer of the graph, which has checked that the map in front of it has A * V channels."""
         section = spec.section
         scale_x_y = section.float("scale_x_y", 1.0)
         coder = SigmoidSquare(scale_x_y) if section.flag("new_coords") else SigmoidExp(scale_x_y)
-        anchors = read_anchors(section)
-        mask = section.ints("mask", tuple(range(len(anchors))))
-        for row in mask:
-            if not 0 <= row < len(anchors):
-                raise section.error(f"mask={row}: expected 0..{len(anchors) - 1}, one of the anchors", "mask")
-        head = cls(anchors=anchors, mask=mask, num_classes=section.int("classes", 20), coder=coder, section=section)
-        return head.checked(spec)
+        return cls.of(section, coder)
 
-    def checked(self, spec) -> "YoloHead":
-        """Itself, if the map in front of it has as many channels as it reads."""
-        found, expected = spec.in_shapes[0][0], self.num_anchors * self.num_values
-        if found != expected:
-            message = f"[{self.section.type}] reads {expected} channels, the layer before it has {found}"
-            raise self.section.error(message, "classes", f"filters={expected} before it")
-        return self
+    @classmethod
+    def of(cls, section, coder: Coder) -> "YoloHead":
+        """The head of a section whose boxes are coded so. Errors: anchors or mask that cannot be."""
+        anchors, mask = head_anchors(section), head_mask(section)
+        return cls(anchors=anchors, mask=mask, num_classes=section.int("classes"), coder=coder, section=section)
 
     @property
     def num_anchors(self) -> int:
@@ -161,11 +154,7 @@ class RegionHead(YoloHead):
         for key, default, only in (("softmax", 0, 1), ("coords", 4, 4)):
             if section.int(key, default) != only:
                 raise section.error(f"[region] needs {key}={only}, found {section.int(key, default)}", key)
-        anchors = read_anchors(section)
-        mask, num_classes = range(len(anchors)), section.int("classes", 20)
-        return cls(anchors=anchors, mask=mask, num_classes=num_classes, coder=SigmoidExp(), section=section).checked(
-            spec
-        )
+        return cls.of(section, SigmoidExp())
 
     def priors(self, grid: tuple[int, int], size: tuple[int, int], device=None, dtype=torch.float32) -> Priors:
         stride = (size[1] / grid[1], size[0] / grid[0])
@@ -177,17 +166,6 @@ class RegionHead(YoloHead):
 
 
 HEADS = {"yolo": YoloHead, "Gaussian_yolo": GaussianYoloHead, "region": RegionHead}
-
-
-def read_anchors(section) -> tuple[tuple[float, float], ...]:
-    """``num`` pairs of ``anchors=``. Numbers after the last pair are not read, missing ones are 0.5, as in Darknet."""
-    numbers, count = section.floats("anchors"), 2 * section.int("num", 1)
-    if count < 2:
-        raise section.error(f"num={count // 2}: expected at least one anchor", "num")
-    if min(numbers) <= 0:
-        raise section.error(f"anchors: {min(numbers):g} is no width or height", "anchors", "pairs of positive numbers")
-    numbers = (*numbers[:count], *[0.5] * (count - len(numbers)))
-    return tuple(zip(numbers[0::2], numbers[1::2]))
 
 
 def softmax_logits(logits: Tensor) -> Tensor:
