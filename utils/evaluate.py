@@ -38,7 +38,7 @@ def evaluate(
     timer = getattr(predict, "timer", None)
     parts_before = dict(timer.seconds) if timer else {}
     waiting = Waiting(loader)
-    for batch in tqdm(waiting, desc="evaluate", unit="batch", leave=False, disable=not progress):
+    for batch in tqdm(waiting, desc="evaluate", unit="batch", leave=False, disable=None if progress else True):
         start = time.perf_counter()
         found = predict(batch.images)
         found = [detections.cpu().to_original(info) for detections, info in zip(found, batch.infos, strict=True)]

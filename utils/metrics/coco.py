@@ -16,7 +16,12 @@ import numpy as np
 
 from utils.metrics.flat import FlatDetections, FlatTruths, box_areas, overlapping_pairs, precision_at
 
-AREA_RANGES = {"all": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}  # both ends included
+AREA_RANGES = {
+    "all": (0.0, 1e10),
+    "s": (0.0, 32.0**2),
+    "m": (32.0**2, 96.0**2),
+    "l": (96.0**2, 1e10),
+}  # both ends included
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
 MAX_DETECTIONS = 100  # per picture and class

@@ -44,7 +44,12 @@ class Evaluation:
 
     def scalars(self) -> dict[str, float]:
         """Names and values for logs; nan where there is nothing to measure."""
-        out = {"precision": _mean(self.precision), "recall": _mean(self.recall), "mAP50": self.map50, "mAP50-95": self.map}
+        out = {
+            "precision": _mean(self.precision),
+            "recall": _mean(self.recall),
+            "mAP50": self.map50,
+            "mAP50-95": self.map,
+        }
         out |= {name: value for name, value in self.coco.items() if name not in ("AP", "AP50")}
         if self.ranked:
             out[f"{self.protocol}-mAP50"] = self.ranked.mean
@@ -90,13 +95,20 @@ class Evaluation:
     def coco_table(self) -> str:
         """The twelve COCO numbers, four to a line."""
         items = list(self.coco.items())
-        return "\n".join(align([[text for name, value in items[i : i + 3] for text in (name, _number(value))] for i in range(0, 12, 3)]))
+        return "\n".join(
+            align(
+                [[text for name, value in items[i : i + 3] for text in (name, _number(value))] for i in range(0, 12, 3)]
+            )
+        )
 
 
 def align(rows: list[list[str]]) -> list[str]:
     """Columns of equal width: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))]) for row in rows]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
 
 
 def _mean(values: np.ndarray) -> float:
