@@ -1,6 +1,7 @@
 """A data set of any known format, read in place: ``read_dataset(path, split)``.
 
-What ``path`` may be is listed in ``formats/description.py``. Nothing is ever written beside the data, downloaded or executed.
+What ``path`` may be is listed in ``formats/description.py``. Nothing is ever written beside the data,
+downloaded or executed.
 """
 
 from collections import Counter

@@ -1,14 +1,13 @@
 """The default data set, drawn from a seed at first use: circles, rectangles and triangles that are not easy to find.
 
-Textured and lit backgrounds, noise and blur; shapes of 12 to 160 pixels, turned and stretched, over one another and
+Textured and lit backgrounds, noise and blur; shapes of 14 to 150 pixels, turned and stretched, over one another and
 over the border; outlines, stars and bars as distractors of no class; pictures of several aspect ratios, one in twelve
-without any object. Written as ordinary files: ``images/{train,val}/*.jpg``, ``labels/{train,val}/*.txt``, ``data.yaml``,
+without any object. Written as ordinary files: ``images/{train,val}/*.jpg``, ``labels/{train,val}/*.txt``, ``data.yaml``
 and ``annotations/{train,val}.json`` with the polygons of what is visible of each shape (COCO instances).
 """
 
 import json
 import math
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -25,7 +24,11 @@ SIZES = ((240, 320), (320, 240), (240, 240), (208, 368), (288, 288))  # H, W
 SIDES = (14.0, 150.0)  # of a shape, pixels; drawn log-uniformly
 MAX_SHAPES = 7
 EMPTY_SHARE = 1 / 12  # of the pictures
-MIN_VISIBLE = 0.35  # share of a shape that must stay uncovered and inside, or it is not drawn at all
+MIN_UNCOVERED = 0.4  # share of a shape that later ones must leave visible
+MIN_INSIDE = (
+    0.6  # share of a shape that must lie in the picture: half a circle is still one, a corner could be anything
+)
+MIN_PIXELS = 60  # of a shape
 MIN_CONTRAST = 60.0  # distance in RGB between a shape and what lies behind it
 JPEG_QUALITY = 92
 SHIFT = 4  # fractional bits of OpenCV's polygon corners
@@ -36,6 +39,7 @@ class Shape(NamedTuple):
 
     label: int
     mask: np.ndarray  # bool [H, W]: its visible pixels
+    num_pixels: int  # of the uncovered shape
 
 
 def ensure_shapes(folder: str | Path, seed: int = 0, num_pictures: dict[str, int] | None = None) -> Path:
@@ -56,7 +60,7 @@ def ensure_shapes(folder: str | Path, seed: int = 0, num_pictures: dict[str, int
         for number, (split, num) in enumerate((num_pictures or NUM_PICTURES).items()):
             _write_split(part, split, num, np.random.SeedSequence([seed, number]))
         (part / "data.yaml").write_text(_yaml(num_pictures or NUM_PICTURES), encoding="utf-8")
-        os.replace(part, folder)
+        part.rename(folder)
     except OSError as error:
         if (folder / "data.yaml").is_file():  # another process was faster, with the same files
             return folder / "data.yaml"
@@ -84,7 +88,7 @@ def _write_split(root: Path, split: str, num: int, seed: np.random.SeedSequence)
         (root / "images" / split / f"{name}.jpg").write_bytes(data.tobytes())
         images.append({"id": index + 1, "file_name": f"{name}.jpg", "width": width, "height": height})
         rows = []
-        for label, mask in shapes:
+        for label, mask, _ in shapes:
             x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
             center = (x + w / 2) / width, (y + h / 2) / height
             rows.append(f"{label} {center[0]:.6f} {center[1]:.6f} {w / width:.6f} {h / height:.6f}\n")
@@ -185,12 +189,13 @@ def _paint_shape(rng, canvas, shapes) -> None:
     mask = coverage > 0.5
     whole = abs(cv2.contourArea(corners.astype(np.float32)))
     left = [shape.mask & ~mask for shape in shapes]
-    covered = any(after.sum() < MIN_VISIBLE * shape.mask.sum() for shape, after in zip(shapes, left))
-    if covered or mask.sum() < max(MIN_VISIBLE * whole, 40):
+    hidden = any(after.sum() < max(MIN_UNCOVERED * shape.num_pixels, MIN_PIXELS) for shape, after in zip(shapes, left))
+    if hidden or mask.sum() < max(MIN_INSIDE * whole, MIN_PIXELS):
         return
     colour = _contrasting(rng, canvas[mask].mean(axis=0))
     _blend(canvas, coverage, colour * _shading(rng, height, width))
-    shapes[:] = [Shape(shape.label, after) for shape, after in zip(shapes, left)] + [Shape(label, mask)]
+    shapes[:] = [shape._replace(mask=after) for shape, after in zip(shapes, left)]
+    shapes.append(Shape(label, mask, int(mask.sum())))
 
 
 def _circle(rng):
@@ -231,9 +236,8 @@ def _paint_distractor(rng, canvas) -> None:
         corners = _turn(rng, np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]) * size / 2 + center
         coverage = _coverage(corners, height, width)
     elif kind == 1:
-        coverage = _coverage(
-            _turn(rng, np.array([[-8, -1], [8, -1], [8, 1], [-8, 1]])) * size / 10 + center, height, width
-        )
+        bar = np.array([[-8, -1], [8, -1], [8, 1], [-8, 1]]) / 8
+        coverage = _coverage(_turn(rng, bar) * size * 0.8 + center, height, width)
     else:
         outline = OUTLINES[rng.integers(len(OUTLINES))](rng) * size / 2
         coverage = _coverage(outline + center, height, width) - _coverage(outline * 0.75 + center, height, width)
