@@ -5,6 +5,7 @@ Every file appears whole or not at all: it is written beside its name and rename
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import numpy as np
 from utils.datasets.sources import Frame
 from utils.draw import draw_detections
 from utils.errors import ResourceError
-from utils.files import atomic_write
-from utils.structures import Detections
+from utils.evaluate import coco_results
+from utils.files import atomic_write, write_text
+from utils.structures import Batch, Detections, Record
 
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -34,6 +36,60 @@ def write_image(path: Path, image: np.ndarray) -> None:
         file.write(data.tobytes())
 
 
+class Stems:
+    """A file stem of its own for every path: ``a/x.jpg`` and ``b/x.png`` must not overwrite each other."""
+
+    def __init__(self):
+        self._of: dict[str, str] = {}
+        self._count: Counter[str] = Counter()
+
+    def __call__(self, path: str) -> str:
+        if path not in self._of:
+            stem = safe_name(Path(path).stem)
+            taken = set(self._of.values())
+            unique = stem
+            while unique in taken:
+                self._count[stem] += 1
+                unique = f"{stem}_{self._count[stem] + 1}"
+            self._of[path] = unique
+        return self._of[path]
+
+
+def write_labels(folder: Path, stem: str, detections: Detections, size: tuple[int, int], *, with_score: bool) -> None:
+    """``folder/labels/stem.txt``: ``class cx cy w h [score]``, relative to ``size`` (h, w); empty if nothing was found."""
+    height, width = size
+    lines = []
+    for (x1, y1, x2, y2), score, label in _rows(detections):
+        numbers = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
+        numbers += [score] if with_score else []
+        lines.append(f"{label} " + " ".join(f"{number:.6f}" for number in numbers) + "\n")
+    path = folder / "labels" / f"{stem}.txt"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, "".join(lines))
+
+
+class Predictions:
+    """What ``test.py`` keeps of an evaluation, batch by batch: label files and one file of COCO results."""
+
+    def __init__(self, folder: Path, records: list[Record], *, save_txt: bool, save_conf: bool):
+        self.folder, self.records, self.save_txt, self.save_conf = folder, records, save_txt, save_conf
+        self._stems, self._found = Stems(), {}
+
+    def observe(self, batch: Batch, detections: list[Detections]) -> None:
+        """For ``evaluate(observe=...)``: detections in pixels of the original pictures."""
+        for info, found in zip(batch.infos, detections):
+            self._found[info.id] = found
+            if self.save_txt:
+                write_labels(self.folder, self._stems(info.path), found, info.size, with_score=self.save_conf)
+
+    def write_json(self, category_ids: list[int]) -> Path:
+        """``predictions.json``, as the COCO tools read it."""
+        order = sorted(self._found)
+        results = coco_results([self._found[i] for i in order], [self.records[i] for i in order], category_ids)
+        write_text(self.folder / "predictions.json", json.dumps(results))
+        return self.folder / "predictions.json"
+
+
 @dataclass(kw_only=True)
 class ResultWriter:
     """Writes what was found, frame by frame, into ``folder``; ``close()`` finishes videos and the json."""
@@ -50,7 +106,7 @@ class ResultWriter:
     hide_conf: bool = False
     fourcc: str = "mp4v"
 
-    _stems: dict[str, str] = field(default_factory=dict)  # frame path -> unique file stem
+    _stems: "Stems" = field(default_factory=lambda: Stems())
     _json: list[dict] = field(default_factory=list)
     _video: "VideoFile | None" = None
 
@@ -60,10 +116,10 @@ class ResultWriter:
         Returns:
             The drawn picture, if pictures are written.
         """
-        stem, drawn = self._stem(frame), None
+        stem, drawn = self._stems(frame.path), None
         numbered = stem if frame.fps is None else f"{stem}_{frame.number:06d}"
         if self.save_txt:
-            self._write_txt(numbered, frame, detections)
+            write_labels(self.folder, numbered, detections, frame.image.shape[:2], with_score=self.save_conf)
         if self.save_json:
             self._json.append(self._entry(frame, detections))
         if self.save_crop:
@@ -89,36 +145,17 @@ class ResultWriter:
             self._video.close()
             self._video = None
         if self.save_json:
-            with atomic_write(self.folder / "detections.json") as file:
-                file.write(json.dumps(self._json, indent=1).encode())
-
-    def _stem(self, frame: Frame) -> str:
-        """A file stem of its own for every picture: ``a/x.jpg`` and ``b/x.png`` must not overwrite each other."""
-        if frame.path not in self._stems:
-            stem = safe_name(Path(frame.path).stem)
-            taken = set(self._stems.values())
-            number, unique = 2, stem
-            while unique in taken:
-                unique, number = f"{stem}_{number}", number + 1
-            self._stems[frame.path] = unique
-        return self._stems[frame.path]
-
-    def _write_txt(self, stem: str, frame: Frame, detections: Detections) -> None:
-        height, width = frame.image.shape[:2]
-        lines = []
-        for (x1, y1, x2, y2), score, label in _rows(detections):
-            numbers = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
-            numbers += [score] if self.save_conf else []
-            lines.append(f"{label} " + " ".join(f"{number:.6f}" for number in numbers) + "\n")
-        path = self.folder / "labels" / f"{stem}.txt"
-        path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as file:
-            file.write("".join(lines).encode())
+            write_text(self.folder / "detections.json", json.dumps(self._json, indent=1))
 
     def _entry(self, frame: Frame, detections: Detections) -> dict:
         height, width = frame.image.shape[:2]
         found = [
-            {"label": label, "name": self.names[label], "score": round(score, 6), "box": [round(edge, 3) for edge in box]}
+            {
+                "label": label,
+                "name": self.names[label],
+                "score": round(score, 6),
+                "box": [round(edge, 3) for edge in box],
+            }
             for box, score, label in _rows(detections)
         ]
         return {"path": frame.path, "frame": frame.number, "width": width, "height": height, "detections": found}
@@ -152,7 +189,9 @@ class VideoFile:
         self.part = path.with_suffix(f".part{path.suffix}")
         self.writer = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*fourcc), fps, size)
         if not self.writer.isOpened():
-            raise ResourceError(path, f"cannot write a video with codec {fourcc!r}", "try --fourcc mp4v or --fourcc avc1")
+            raise ResourceError(
+                path, f"cannot write a video with codec {fourcc!r}", "try --fourcc mp4v or --fourcc avc1"
+            )
 
     def append(self, image: np.ndarray) -> None:
         colour = cv2.COLOR_RGB2BGR if image.shape[2] == 3 else cv2.COLOR_GRAY2BGR

@@ -17,8 +17,8 @@ import numpy as np
 from utils.datasets.images import read_image
 from utils.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .pbm .pgm .ppm".split())
-VIDEO_SUFFIXES = frozenset(".mp4 .avi .mov .mkv .m4v .mpg .mpeg .wmv .webm .gif .ts".split()) - IMAGE_SUFFIXES
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".webm", ".gif", ".ts"}
 DEFAULT_FPS = 30.0  # for cameras and containers that state none
 
 
@@ -78,7 +78,9 @@ def _paths(text: str) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
         if not files:
-            raise UserError(path, "no picture or video in this folder", f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}, ...")
+            raise UserError(
+                path, "no picture or video in this folder", f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}, ..."
+            )
         return files
     if path.is_file() and path.suffix.lower() == ".txt":
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -88,7 +90,8 @@ def _paths(text: str) -> list[Path]:
         return files
     if path.exists():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    # pathlib has no glob for absolute patterns
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not found:
         raise UserError(text, "no such file, folder or pattern", f"looked under {Path.cwd()}")
     return found
@@ -155,7 +158,13 @@ def _read_video(address, name, channels, stride, problems, capture=None) -> Iter
                 if not read:
                     break
                 image = cv2.cvtColor(image, colour)
-                yield Frame(image=image if channels == 3 else image[..., None], path=name, number=number, fps=fps / stride, total=total)
+                yield Frame(
+                    image=image if channels == 3 else image[..., None],
+                    path=name,
+                    number=number,
+                    fps=fps / stride,
+                    total=total,
+                )
             number += 1
         if total is not None and number < total:
             problems.append(f"{name}: ends early: {number} of the {total} frames its header promises could be read")

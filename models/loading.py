@@ -1,0 +1,101 @@
+"""From files to a network that can look at pictures: the one place test.py, detect.py and other programs load from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.cfg import Cfg, adapt_classes, parse_cfg, read_cfg
+from models.darknet import Darknet
+from models.darknet_weights import read_weights
+from models.file_kind import CHECKPOINT, DARKNET, file_kind
+from models.pretrained import load_pretrained
+from utils.checkpoint import load_module, read_checkpoint, without_prefix
+from utils.errors import UserError
+
+FOLDERS = {
+    ".cfg": "cfg",
+    ".yaml": "cfg/hyp",
+    ".weights": "weights",
+    ".safetensors": "weights",
+    ".pt": "weights",
+    ".names": "data",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A network in eval mode, the names of its classes, and what its file said about itself."""
+
+    model: Darknet
+    names: list[str]
+    meta: dict  # the checkpoint's header; {} for other files
+
+
+def find_file(text: str, kind: str) -> Path:
+    """A file as typed, or in the folder where its kind lives (``yolov3.cfg`` -> ``cfg/yolov3.cfg``).
+
+    Raises:
+        UserError: in neither place; names both.
+    """
+    path = Path(text).expanduser()
+    home = Path(__file__).resolve().parents[1] / FOLDERS.get(path.suffix, ".") / path.name
+    if path.is_file():
+        return path
+    if not path.parent.name and home.is_file():
+        return home
+    raise UserError(text, f"no such {kind}", f"looked for {path.resolve()} and {home}")
+
+
+def load_network(weights: str, *, cfg: str | None = None, names: list[str] | None = None) -> Loaded:
+    """The network behind a weights file.
+
+    Args:
+        weights: one of our checkpoints (knows its cfg and names), or ``.weights`` / ``.pt`` together with ``cfg``.
+        cfg: the network; overrides the checkpoint's.
+        names: class names; override the checkpoint's. Without any, classes are called by number.
+
+    Raises:
+        UserError: a file is missing or unreadable, cfg and weights do not belong together, or names and classes differ in number.
+    """
+    path = find_file(weights, "weights file")
+    if file_kind(path) == CHECKPOINT:
+        tensors, meta = read_checkpoint(path)
+        network = read_cfg(find_file(cfg, "cfg")) if cfg else parse_cfg(meta["cfg"], f"{path}[cfg]")
+        names = names or meta["names"]
+        model = Darknet(network)
+        load_module(model, without_prefix("ema", tensors) or without_prefix("model", tensors), path)
+    elif cfg is None:
+        raise UserError(path, "these weights do not say which network they belong to", "add --cfg NETWORK.cfg")
+    else:
+        meta, network = {}, _adapted(read_cfg(find_file(cfg, "cfg")), names)
+        model = Darknet(network)
+        if file_kind(path) == DARKNET:
+            read_weights(model, path)
+        else:
+            report = load_pretrained(model, path)
+            if not report.complete:
+                raise UserError(path, f"does not fill {network.path}", report.summary())
+    names = names or [str(number) for number in range(model.num_classes)]
+    if len(names) != model.num_classes:
+        raise UserError(
+            path,
+            f"the network has {model.num_classes} classes, but {len(names)} names were given",
+            "pass the names it was trained on",
+        )
+    return Loaded(model=model.eval(), names=list(names), meta=meta)
+
+
+def _adapted(cfg: Cfg, names: list[str] | None) -> Cfg:
+    """The cfg with as many classes as there are names."""
+    return adapt_classes(cfg, len(names))[0] if names else cfg
+
+
+def input_size(wanted: list[int] | None, model) -> tuple[int, int]:
+    """(H, W) as asked for, a multiple of the network's stride."""
+    height, width = model.size if wanted is None else (wanted[0], wanted[-1])
+    if height % model.stride or width % model.stride or min(height, width) <= 0:
+        raise UserError(
+            "--img-size",
+            f"{height}x{width} is no multiple of the network's stride {model.stride}",
+            f"try {-(-height // model.stride) * model.stride}",
+        )
+    return height, width
