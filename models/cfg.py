@@ -32,6 +32,7 @@ MAX_BYTES = 16 << 20
 MAX_SECTIONS = 4000  # the longest known cfg has about 800; a generated one of 20 000 is a mistake or an attack
 
 _TEXT_AFTER_NUMBER = re.compile(r"(?<=[0-9.])\s+[^\s0-9.,+-].*$")
+_JOINED = re.compile(r"[^\s,]+(\s+[^\s,]+)+")
 _SPACE_INSIDE = re.compile(r"(?<=[^\s,])\s+(?=[^\s,])")
 
 
@@ -210,8 +211,9 @@ class _Reader:
         joined = bool(_SPACE_INSIDE.search(value))
         if joined:
             fix = f"{key}={_SPACE_INSIDE.sub(',', value)}" if "," in value else None
-            read = f"read as '{clip(text)}', as Darknet does"
-            self.note(number, f"{clip(key)}: spaces inside a value: {read}", "a missing comma?", "warning", fix)
+            item = _JOINED.search(value).group()
+            found = f"{clip(key)}: '{clip(item)}' is read as '{clip(''.join(item.split()))}', as Darknet does"
+            self.note(number, found, "a missing comma?", "warning", fix)
         elif comment:
             fix = f"# {comment.lstrip('#; ')}\n{key}={value}"
             hint = "move the comment to its own line"
