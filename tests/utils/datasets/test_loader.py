@@ -221,11 +221,13 @@ def test_a_broken_picture_surfaces_as_itself(tmp_path, workers):
     records = paint_records(tmp_path, 4)
     (tmp_path / "002.png").write_bytes(b"")
     loader = build_loader(DetectionDataset(records), EvalSampler([(48, 64)] * 4, 2, SIZE), workers=workers)
-    batches = iter(loader)
+    batches, said = iter(loader), ""
     assert len(next(batches)) == 2
-    with pytest.raises(UserError, match=r"002\.png") as error:
+    try:  # not pytest.raises: its traceback and the loader would be one cycle, and torch is slow to end workers from one
         next(batches)
-    assert "Traceback" not in str(error.value)
+    except UserError as error:
+        said = str(error)
+    assert "002.png: " in said and "Traceback" not in said
 
 
 def test_user_errors_survive_pickling():
