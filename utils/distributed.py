@@ -69,6 +69,16 @@ def broadcast(value: object, device: torch.device) -> object:
     return json.loads(bytes(data.tolist()).decode())
 
 
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Process 0 goes through the block first: what it leaves on disk (a data set, a cache), others find."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():

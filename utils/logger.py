@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from utils.files import write_text
 
-WIDTH = 9  # of a console column
+WIDTH = 10  # of a console column
 
 
 class Logger:
@@ -54,19 +55,26 @@ class Logger:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def bar(self, items: Iterable, total: int) -> tqdm:
-        """A progress bar over batches; silent where nobody watches a terminal."""
-        return tqdm(
-            items, total=total, leave=False, disable=self.folder is None or not sys.stderr.isatty(), dynamic_ncols=True
-        )
+    @property
+    def watched(self) -> bool:
+        """Whether a person sees this process's progress bars."""
+        return self.folder is not None and sys.stderr.isatty()
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """One epoch's numbers, ``epoch`` (from 0) among them, to every place. Keys read ``group/name``."""
+    def bar(self, title: str, total: int) -> "Bar":
+        """A progress bar over the batches of an epoch; silent where nobody watches a terminal."""
+        return Bar(desc=title, total=total, unit="batch", leave=False, disable=not self.watched, dynamic_ncols=True)
+
+    def epoch(self, row: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        """One epoch's numbers to every place, ``epoch`` (from 0) among them. Keys read ``group/name``.
+
+        ``details`` go to the files and TensorBoard only: a console line has room for about a dozen.
+        """
         if self.folder is None:
             return
-        self.rows.append(dict(row))
-        write_rows(self.folder, self.rows)
         self._console(row)
+        row = {**row, **details}
+        self.rows.append(row)
+        write_rows(self.folder, self.rows)
         with self.guard("TensorBoard"):
             for name, value in row.items():
                 if self.tensorboard is not None and isinstance(value, (int, float)) and name != "epoch":
@@ -88,7 +96,8 @@ class Logger:
 
     def graph(self, model: nn.Module, images: Tensor) -> None:
         """The network as a picture of its operations, traced on ``images`` (float)."""
-        with self.guard("the TensorBoard graph"):
+        with self.guard("the TensorBoard graph"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracing is only for the picture; that shapes become constants is fine
             if self.tensorboard is not None:
                 self.tensorboard.add_graph(model, images, verbose=False)
 
@@ -102,9 +111,17 @@ class Logger:
                 self.tensorboard.close()
 
 
+class Bar(tqdm):
+    """A progress bar with the losses so far beside it."""
+
+    def show(self, done: int, means: Mapping[str, float]) -> None:
+        self.set_postfix({name: f"{mean:.3g}" for name, mean in means.items()}, refresh=False)
+        self.update(done - self.n)
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return "-" if value != value else f"{value:.4g}"
+        return "-" if value != value else f"{value:.3g}"
     return str(value)
 
 

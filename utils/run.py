@@ -7,8 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from utils.checkpoint import SUFFIX, latest_valid
 from utils.distributed import local_rank
 from utils.errors import ResourceError, UserError
+
+WEIGHTS = "weights"  # folder of a run's checkpoints
 
 
 def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
@@ -35,6 +38,21 @@ def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
                 number += 1
     except OSError as error:
         raise ResourceError(project / name, f"cannot make the run folder: {error.strerror}", "see --project") from error
+
+
+def find_run(project: str | Path, text: str) -> tuple[Path, list[UserError]]:
+    """The checkpoint to continue from: a file, a run folder, or with ``""`` the newest run of the project.
+
+    Returns:
+        The newest checkpoint that reads well, and what was wrong with newer ones.
+    """
+    if Path(text).is_file():
+        return Path(text), []
+    folders = [Path(text)] if text else [file.parents[1] for file in Path(project).glob(f"*/{WEIGHTS}/last{SUFFIX}")]
+    if not folders:
+        raise UserError("--resume", f"no run with a checkpoint under {project}", "--resume RUN names one")
+    newest = max(folders, key=lambda folder: (folder / WEIGHTS).stat().st_mtime_ns if text == "" else 0)
+    return latest_valid(newest / WEIGHTS)
 
 
 def select_device(text: str = "") -> torch.device:

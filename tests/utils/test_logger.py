@@ -22,8 +22,8 @@ def row(epoch, **more):
 
 def test_rows_reach_both_files(tmp_path, quiet):
     logger = Logger(tmp_path)
-    logger.epoch(row(0))
-    logger.epoch(row(1, **{"metrics/mAP50": 0.25}))
+    logger.epoch(row(0), {})
+    logger.epoch(row(1), {"metrics/mAP50": 0.25})
     table = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [line["epoch"] for line in table] == ["0", "1"]
     assert table[0]["metrics/mAP50"] == "" and float(table[1]["metrics/mAP50"]) == 0.25
@@ -34,9 +34,9 @@ def test_rows_reach_both_files(tmp_path, quiet):
 def test_resume_leaves_no_epoch_twice(tmp_path, quiet):
     logger = Logger(tmp_path)
     for epoch in range(4):
-        logger.epoch(row(epoch))
+        logger.epoch(row(epoch), {})
     resumed = Logger(tmp_path, start_epoch=2)
-    resumed.epoch(row(2))
+    resumed.epoch(row(2), {})
     epochs = [line["epoch"] for line in csv.DictReader((tmp_path / "results.csv").open())]
     assert epochs == ["0", "1", "2"]
 
@@ -44,8 +44,8 @@ def test_resume_leaves_no_epoch_twice(tmp_path, quiet):
 def test_console_columns_are_aligned(tmp_path, quiet, capsys):
     logger = Logger(tmp_path)
     capsys.readouterr()
-    logger.epoch(row(0, images=7))
-    logger.epoch(row(1, images=123))
+    logger.epoch(row(0, images=7), {})
+    logger.epoch(row(1, images=123), {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
     assert lines[0].split() == ["epoch", "box", "images"]
@@ -55,7 +55,7 @@ def test_missing_tensorboard_is_said_once_and_survived(tmp_path, quiet, capsys):
     logger = Logger(tmp_path)
     for epoch in range(2):
         logger.picture("x", np.zeros((2, 2, 3), np.uint8), epoch)
-        logger.epoch(row(epoch))
+        logger.epoch(row(epoch), {})
     assert capsys.readouterr().out.count("TensorBoard failed") == 1
 
 
@@ -69,7 +69,7 @@ def test_decoration_that_fails_is_said_once(tmp_path, quiet, capsys):
 
 def test_other_ranks_are_silent(tmp_path, capsys):
     logger = Logger(None)
-    logger.epoch(row(0))
+    logger.epoch(row(0), {})
     logger.say("hello")
     logger.close()
     assert capsys.readouterr().out == ""
@@ -77,7 +77,7 @@ def test_other_ranks_are_silent(tmp_path, capsys):
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     logger = Logger(tmp_path)
-    logger.epoch(row(0))
+    logger.epoch(row(0), {})
     logger.picture("train_batch", np.zeros((4, 4, 3), np.uint8), 0)
     logger.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,0 +1,71 @@
+"""Pictures of a run to look at: what the network was shown, and what it found."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.draw import batch_mosaic, draw_boxes, draw_detections
+from utils.logger import Logger
+from utils.results import write_image
+from utils.structures import Batch, Detections
+
+MAX_IMAGES = 16  # of a batch, in one picture
+
+
+class Gallery:
+    """Saves mosaics of batches into a run's folder and TensorBoard; failing to draw stops nothing.
+
+    Args:
+        num_batches: how many batches of each kind are drawn.
+    """
+
+    def __init__(self, folder: Path, names: list[str], logger: Logger, *, num_batches: int = 3):
+        self.folder, self.names, self.logger, self.num_batches = folder, names, logger, num_batches
+        self.num_val = 0
+
+    def train(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; the first of them are drawn with their targets on the way."""
+        for number, batch in enumerate(batches):
+            if number < self.num_batches:
+                with self.logger.guard("train_batch pictures"):
+                    self._save(f"train_batch{number}", [_with_targets(batch, row, self.names) for row in _rows(batch)])
+            yield batch
+
+    def val(self, batch: Batch, detections: list[Detections]) -> None:
+        """The first batches of an evaluation: labels and predictions. Detections are in pixels of the originals."""
+        if self.num_val < self.num_batches:
+            with self.logger.guard("val_batch pictures"):
+                self._save(
+                    f"val_batch{self.num_val}_labels", [_with_targets(batch, row, self.names) for row in _rows(batch)]
+                )
+                found = [_with_detections(batch, row, detections[row], self.names) for row in _rows(batch)]
+                self._save(f"val_batch{self.num_val}_pred", found)
+        self.num_val += 1
+
+    def _save(self, name: str, images: list[np.ndarray]) -> None:
+        picture = batch_mosaic(images)
+        write_image(self.folder / f"{name}.jpg", picture)
+        self.logger.picture(name, picture, 0)
+
+
+def _rows(batch: Batch) -> range:
+    return range(min(len(batch), MAX_IMAGES))
+
+
+def _image(batch: Batch, row: int) -> np.ndarray:
+    """uint8 [H, W, 3]; grey pictures are shown as such."""
+    image = batch.images[row].permute(1, 2, 0).cpu().numpy()
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+def _with_targets(batch: Batch, row: int, names: list[str]) -> np.ndarray:
+    mine = batch.targets.image == row
+    return draw_boxes(_image(batch, row), batch.targets.boxes[mine], batch.targets.labels[mine], names)
+
+
+def _with_detections(batch: Batch, row: int, found: Detections, names: list[str]) -> np.ndarray:
+    shown = found[torch.nonzero(found.scores >= 0.25).squeeze(1)]
+    boxes = batch.infos[row].letterbox.apply(shown.boxes)
+    return draw_detections(_image(batch, row), Detections(boxes=boxes, scores=shown.scores, labels=shown.labels), names)
