@@ -257,5 +257,8 @@ class _Loader(DataLoader):
     def __iter__(self):
         for batch in super().__iter__():
             if isinstance(batch, UserError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    del batch  # else its traceback would hold this frame, and the workers would live until collected
             yield batch

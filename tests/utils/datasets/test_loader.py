@@ -223,7 +223,7 @@ def test_a_broken_picture_surfaces_as_itself(tmp_path, workers):
     loader = build_loader(DetectionDataset(records), EvalSampler([(48, 64)] * 4, 2, SIZE), workers=workers)
     batches, said = iter(loader), ""
     assert len(next(batches)) == 2
-    try:  # not pytest.raises: its traceback and the loader would be one cycle, and torch is slow to end workers from one
+    try:  # not pytest.raises: its record and the loader would be one cycle, and torch ends workers of one slowly
         next(batches)
     except UserError as error:
         said = str(error)
