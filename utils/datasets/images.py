@@ -54,7 +54,7 @@ MAGIC = (  # first bytes -> format
     *((f"P{number}".encode(), "PPM") for number in range(1, 7)),
 )
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
-ORIENTATION = 0x0112  # EXIF tag
+IMAGE_WIDTH, IMAGE_LENGTH, ORIENTATION = 0x0100, 0x0101, 0x0112  # TIFF tags; EXIF has the last one
 UNDEFINED_MODES = {"F": "32-bit float", "I": "32-bit integer"}  # Pillow's mode -> in words
 # one row per EXIF orientation: swap the axes first?, then flip rows?, then columns?
 TURNS = {
@@ -171,17 +171,18 @@ def _read_header(file: BinaryIO, where: object, max_pixels: int) -> Header:
         image = READERS[format](file)
     except (OSError, SyntaxError, ValueError, OverflowError, struct.error) as error:  # Pillow's words for a bad header
         raise ImageError(where, f"damaged header of a {format}: {error}") from error
-    width, height = image.size
+    if format == "TIFF":  # Pillow's size is the upright one in some of its versions
+        tags = image.tag_v2
+        width, height, orientation = tags[IMAGE_WIDTH], tags[IMAGE_LENGTH], tags.get(ORIENTATION, 1)
+    else:
+        width, height = image.size
+        orientation = _exif_orientation(image.info.get("exif", b""))
     if width < 1 or height < 1:
         raise ImageError(where, f"no pixels: {width} x {height}")
     if width * height > max_pixels:
         raise ImageError(where, f"too large: {width} x {height} pixels, the limit is {max_pixels}", "scale it down")
     if image.mode in UNDEFINED_MODES:
         raise ImageError(where, f"{UNDEFINED_MODES[image.mode]} pixels, expected 8 or 16 bits", "save it as 8-bit")
-    if format == "TIFF":
-        orientation = image.tag_v2.get(ORIENTATION, 1)
-    else:
-        orientation = _exif_orientation(image.info.get("exif", b""))
     return Header(format, image.mode, (height, width), orientation)
 
 
