@@ -1,7 +1,7 @@
 """Axes, lines, bars and grids of numbers on a white canvas, by OpenCV alone.
 
-Geometry is drawn twice as large and averaged down, text is put on last: both come out smooth. Colours are RGB; sizes are
-pixels of the finished picture.
+Geometry is drawn twice as large and averaged down, text is put on last: both come out smooth. Colours are RGB, sizes
+are pixels of the finished picture.
 """
 
 from dataclasses import dataclass, field
@@ -40,8 +40,9 @@ class Chart:
         self._add(self._draw_dots, x, y, colour, thickness, name)
 
     def bars(self, x, y, colours, *, thickness: float = 0.8) -> None:
-        """Bars from 0, ``thickness`` in units of x, one colour each."""
+        """Bars from 0 upwards, ``thickness`` in units of x, one colour each."""
         self._add(self._draw_bars, x, y, colours, thickness, "")
+        self.y_range = self.y_range or (0.0, 1.06 * float(max(np.max(y, initial=0), 1)))
 
     def density(self, values: np.ndarray) -> None:
         """Fill the axes with a picture of ``values`` [rows, columns], rows upwards: the darker the larger."""
@@ -54,8 +55,8 @@ class Chart:
         self._box = (68, 44, self.width - 14 - legend_width, self.height - (54 if self.x_label else 36))
         self._x = self.x_range or self._range([s[1] for s in self._series], 0.0 if self.categories is None else 0.5)
         self._y = self.y_range or self._range([s[2] for s in self._series], 0.0, room=0.06)
-        x_ticks = ticks(*self._x, (self._box[2] - self._box[0]) // 75)
-        y_ticks = ticks(*self._y, (self._box[3] - self._box[1]) // 50)
+        x_ticks = ticks(self._x, (self._box[2] - self._box[0]) // 75, self._smallest_step(1))
+        y_ticks = ticks(self._y, (self._box[3] - self._box[1]) // 50, self._smallest_step(2))
         self._canvas = np.full((self.height * FINE, self.width * FINE, 3), 255, np.uint8)
         left, top, right, bottom = self._box
         self._fill(left, top, right, bottom, PALE)
@@ -81,7 +82,7 @@ class Chart:
         paste(image, text_patch(self.x_label, 20, SOFT, WHITE), (left + right) / 2, self.height - 14, 0.5)
         paste(image, np.rot90(text_patch(self.y_label, 20, SOFT, WHITE)), 14, (top + bottom) / 2, 0.5)
         for value in y_ticks:
-            label = text_patch(f"{value:.6g}", 17, SOFT, WHITE)
+            label = text_patch(tick_text(value), 17, SOFT, WHITE)
             paste(image, label, left - 3, self._pixel(self._x[0], value)[1], 1)
         for value, text in self._x_names(x_ticks):
             paste(image, text_patch(text, 17, SOFT, WHITE), self._pixel(value, self._y[0])[0], bottom + 12, 0.5)
@@ -97,11 +98,18 @@ class Chart:
     def _x_names(self, numbers: list[float]) -> list[tuple[float, str]]:
         """Category names, as many as fit beside each other, or numbers."""
         if self.categories is None:
-            return [(value, f"{value:.6g}") for value in numbers]
+            return [(value, tick_text(value)) for value in numbers]
         room = (self._box[2] - self._box[0]) / max(1, len(self.categories))
         widest = max((text_patch(name, 17, SOFT, WHITE).shape[1] for name in self.categories), default=1)
         every = max(1, int(np.ceil(widest / room)))
         return [(number, name) for number, name in enumerate(self.categories) if number % every == 0]
+
+    def _smallest_step(self, axis: int) -> float:
+        """Whole numbers get whole ticks."""
+        values = np.concatenate([np.zeros(0), *(series[axis] for series in self._series)])
+        values = values[np.isfinite(values)]
+        densities = any(series[0] == self._draw_density for series in self._series)
+        return 1.0 if values.size and not densities and (values == values.round()).all() else 0.0
 
     @staticmethod
     def _range(parts: list[np.ndarray], margin: float, room: float = 0.0) -> tuple[float, float]:
@@ -151,19 +159,28 @@ class Chart:
                 self._fill(left, top, right, bottom, colour)
 
     def _draw_density(self, x, y, values, thickness) -> None:
-        (left, top), (right, bottom) = self._pixel(0.0, 1.0), self._pixel(1.0, 0.0)
-        left, top, right, bottom = (round(v * FINE) for v in (left, top, right, bottom))
-        shade = blues(values[::-1] / max(values.max(), 1e-12))
-        self._canvas[top:bottom, left:right] = cv2.resize(shade, (right - left, bottom - top), interpolation=cv2.INTER_CUBIC)
+        corners = self._pixel(0.0, 0.0), self._pixel(1.0, 1.0)
+        (left, right), (top, bottom) = ([round(v * FINE) for v in sorted(side)] for side in zip(*corners))
+        upwards = self._y[1] > self._y[0]
+        shade = blues(values[:: -1 if upwards else 1] / max(values.max(), 1e-12))
+        self._canvas[top:bottom, left:right] = cv2.resize(
+            shade, (right - left, bottom - top), interpolation=cv2.INTER_CUBIC
+        )
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers within [low, high], at most about ``most`` of them."""
-    step = (high - low) / max(most, 1)
-    power = 10.0 ** np.floor(np.log10(step))
-    step = power * next(factor for factor in (1, 2, 2.5, 5, 10, 20) if factor * power >= step * 0.999)
+def ticks(bounds: tuple[float, float], most: int, smallest: float) -> list[float]:
+    """Round numbers within the bounds, about ``most`` of them or fewer; multiples of ``smallest`` unless that is 0."""
+    low, high = sorted(bounds)
+    least = max((high - low) / max(most, 1), smallest) * 0.999
+    power = 10.0 ** np.floor(np.log10(least))
+    steps = [factor * power for factor in (1, 2, 2.5, 5, 10, 20)]
+    step = next(step for step in steps if step >= least and not (smallest and step % smallest))
     first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
-    return [float(number * step) for number in np.arange(first, last + 1)]
+    return [float(number * step) + 0.0 for number in np.arange(first, last + 1)]  # + 0.0: no "-0"
+
+
+def tick_text(value: float) -> str:
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.6g}"
 
 
 def blues(values: np.ndarray) -> np.ndarray:

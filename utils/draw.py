@@ -1,4 +1,4 @@
-"""Boxes on pictures: what was found, what is true, and a whole batch at a glance.
+"""Boxes on pictures: what was found, what is true, and many pictures at a glance.
 
 Pictures are RGB or grey uint8 [H, W, C]; every function returns a new RGB picture and leaves its input alone.
 """
@@ -10,15 +10,15 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from utils.structures import Batch, Detections
+from utils.structures import Detections
 
 # 20 colours that stand out on photographs, neighbours far apart in hue; RGB
 PALETTE = (
-    (230, 57, 70), (29, 142, 232), (76, 187, 23), (255, 159, 28), (155, 81, 224), (0, 191, 179), (241, 91, 181), (254, 215, 0),
-    (0, 95, 215), (163, 220, 60), (255, 94, 19), (94, 96, 206), (0, 158, 96), (199, 125, 255), (255, 133, 133), (0, 210, 255),
-    (176, 122, 61), (214, 40, 120), (120, 170, 140), (140, 150, 255),
+    (230, 57, 70), (29, 142, 232), (76, 187, 23), (255, 159, 28), (155, 81, 224), (0, 191, 179), (241, 91, 181),
+    (254, 215, 0), (0, 95, 215), (163, 220, 60), (255, 94, 19), (94, 96, 206), (0, 158, 96), (199, 125, 255),
+    (255, 133, 133), (0, 210, 255), (176, 122, 61), (214, 40, 120), (120, 170, 140), (140, 150, 255),
 )  # fmt: skip
-WHITE, BLACK, GREY = (255, 255, 255), (25, 25, 25), (114, 114, 114)
+WHITE, BLACK = (255, 255, 255), (25, 25, 25)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 FINE = 3  # text is drawn this many times larger and averaged down: OpenCV's own small letters are ragged
 
@@ -57,27 +57,6 @@ def draw_boxes(image: np.ndarray, boxes, labels, names: list[str], *, line_thick
     """Draw annotated boxes [n, 4] of classes [n] (numpy or torch), in pixels of ``image``."""
     labels = [int(label) for label in labels]
     return _draw(image, boxes, labels, [names[label] for label in labels], line_thickness)
-
-
-def draw_targets(batch: Batch, names: list[str]) -> np.ndarray:
-    """What the network is taught: the pictures of a batch with their targets, as one grid. Ignore regions are grey."""
-    images, infos, targets = _pictures(batch), batch.infos, batch.targets
-    drawn = []
-    for number, image in enumerate(images):
-        own, ignored = targets.image == number, targets.ignore_image == number
-        regions = targets.ignore_boxes[ignored]
-        image = _draw(image, regions, [None] * len(regions), ["ignore"] * len(regions), None)
-        drawn.append(draw_boxes(image, targets.boxes[own], targets.labels[own], names))
-    return batch_mosaic(drawn, captions=[info.path.rpartition("/")[2] for info in infos])
-
-
-def draw_predictions(batch: Batch, detections: list[Detections], names: list[str]) -> np.ndarray:
-    """The pictures of a batch with what was found in them (boxes in original pixels), as one grid."""
-    drawn = []
-    for image, found, info in zip(_pictures(batch), detections, batch.infos):
-        boxes = info.letterbox.apply(found.boxes)
-        drawn.append(draw_detections(image, Detections(boxes=boxes, scores=found.scores, labels=found.labels), names))
-    return batch_mosaic(drawn, captions=[info.path.rpartition("/")[2] for info in batch.infos])
 
 
 def batch_mosaic(
@@ -125,7 +104,7 @@ def text_patch(text: str, height: int, colour: tuple, background: tuple) -> np.n
 
 
 def _draw(image, boxes, labels: list, captions: list[str], line_thickness: int | None) -> np.ndarray:
-    """All boxes, then all captions, so that no line crosses a text; the first on top. A label of None is grey."""
+    """All boxes, then all captions, so that no line crosses a text; the first on top."""
     canvas = _rgb(image).copy()
     height, width = canvas.shape[:2]
     thickness = line_thickness or max(1, round(np.hypot(height, width) / 400))
@@ -136,7 +115,7 @@ def _draw(image, boxes, labels: list, captions: list[str], line_thickness: int |
         x1, y1, x2, y2 = box
         if np.isfinite(box).all() and x2 >= 0 and y2 >= 0 and x1 <= width and y1 <= height:
             corners = np.clip(box, 0, [width - 1, height - 1] * 2).round().astype(int).tolist()
-            drawn.append((corners, GREY if label is None else colour_of(label), caption))
+            drawn.append((corners, colour_of(label), caption))
     for (x1, y1, x2, y2), colour, _ in drawn[::-1]:
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thickness)
     occupied, patches = [], []
@@ -178,7 +157,3 @@ def _readable_on(colour: tuple) -> tuple:
 def _rgb(image: np.ndarray) -> np.ndarray:
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3), "uint8 [H, W, 1 or 3]"
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.ascontiguousarray(image)
-
-
-def _pictures(batch: Batch) -> list[np.ndarray]:
-    return [image.permute(1, 2, 0).contiguous().cpu().numpy() for image in batch.images]

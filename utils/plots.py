@@ -6,13 +6,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.chart import GRID, INK, Chart, number_grid, side_by_side
+from utils.chart import INK, SOFT, Chart, number_grid, side_by_side
 from utils.draw import colour_of
-from utils.files import atomic_write
 from utils.metrics import Evaluation
+from utils.results import write_image
 from utils.structures import Record
 
 FEW = 12  # up to this many classes are named in a legend; beyond, single classes are thin grey lines
+PALE_LINE = (206, 212, 221)
+MOST_CLASSES = 100  # of a confusion matrix; beyond, no name would be legible
 MANY_LINES = ((29, 118, 210), (226, 88, 34), (46, 160, 67), (142, 68, 173), (200, 150, 0), (110, 118, 130))
 
 
@@ -31,7 +33,9 @@ def save_results_png(csv_path: Path, path: Path) -> None:
             panels.setdefault(panel, []).append((name, values))
     images = []
     for title, series in panels.items():
-        chart = Chart(title, x_label="epoch", width=520, height=340, x_range=(epochs[0], max(epochs[-1], epochs[0] + 1)))
+        chart = Chart(
+            title, x_label="epoch", width=520, height=340, x_range=(epochs[0], max(epochs[-1], epochs[0] + 1))
+        )
         for number, (name, values) in enumerate(series):
             colour = MANY_LINES[number % len(MANY_LINES)]
             chart.line(epochs, values, colour, name=name)
@@ -39,7 +43,7 @@ def save_results_png(csv_path: Path, path: Path) -> None:
                 chart.dots(epochs, values, colour, thickness=5)
         images.append(chart.render())
     if images:
-        _save(path, side_by_side(images, columns=min(4, int(np.ceil(np.sqrt(len(images)))))))
+        write_image(path, side_by_side(images, columns=min(4, int(np.ceil(np.sqrt(len(images)))))))
 
 
 def _panel(column: str) -> tuple[str, str]:
@@ -51,7 +55,9 @@ def _panel(column: str) -> tuple[str, str]:
         return group or name, name
     if name in ("precision", "recall"):
         return "precision and recall", name
-    return ("average recall" if name.startswith("AR") else "average precision" if name.startswith("AP") else "mAP"), name
+    return (
+        "average recall" if name.startswith("AR") else "average precision" if name.startswith("AP") else "mAP"
+    ), name
 
 
 def _float(text: str) -> float:
@@ -62,7 +68,7 @@ def _float(text: str) -> float:
 
 
 def save_evaluation_plots(evaluation: Evaluation, folder: Path) -> None:
-    """``PR_curve.png``, ``F1_curve.png``, ``P_curve.png``, ``R_curve.png`` and ``confusion_matrix.png`` in ``folder``."""
+    """``PR_curve.png``, ``F1_curve.png``, ``P_curve.png``, ``R_curve.png``, ``confusion_matrix.png`` in ``folder``."""
     folder, curves = Path(folder), evaluation.curves
     mark = f"best F1 at confidence {evaluation.confidence:.3f}"
     pictures = {
@@ -84,8 +90,8 @@ def save_evaluation_plots(evaluation: Evaluation, folder: Path) -> None:
         ),
     }  # fmt: skip
     for name, image in pictures.items():
-        _save(folder / name, image)
-    _save(folder / "confusion_matrix.png", _confusion_picture(evaluation))
+        write_image(folder / name, image)
+    write_image(folder / "confusion_matrix.png", _confusion_picture(evaluation))
 
 
 def _curve_chart(evaluation, title, x_label, y_label, x, curves, values, mark: float | None) -> np.ndarray:
@@ -93,31 +99,40 @@ def _curve_chart(evaluation, title, x_label, y_label, x, curves, values, mark: f
     chart = Chart(title, x_label, y_label, width=880, height=560, x_range=(0.0, 1.0), y_range=(0.0, 1.02))
     known = [number for number in range(len(curves)) if evaluation.instances[number]]
     if mark is not None:
-        chart.line([mark, mark], [0, 1.02], INK, thickness=1)
+        chart.line([mark, mark], [0, 1.02], SOFT, thickness=1)
     if known:
         rows = curves[known]
         for number in known if len(known) > 1 else []:
             few = len(known) <= FEW
             name = f"{evaluation.names[number]} {values[number]:.3f}" if few else ""
-            chart.line(x, curves[number], colour_of(number) if few else (190, 196, 205), thickness=1.5, name=name)
+            chart.line(
+                x, curves[number], colour_of(number) if few else PALE_LINE, thickness=1.5 if few else 0.5, name=name
+            )
         count = np.isfinite(rows).sum(axis=0)
         mean = np.where(count > 0, np.nansum(rows, axis=0) / np.maximum(count, 1), np.nan)
         name = "all classes" if len(known) > 1 else evaluation.names[known[0]]
-        chart.line(x, mean, (20, 60, 190), thickness=3.2, name=f"{name} {np.mean(values[known]):.3f}")
+        chart.line(x, mean, INK, thickness=3.2, name=f"{name} {np.mean(values[known]):.3f}")
     return chart.render()
 
 
 def _confusion_picture(evaluation: Evaluation) -> np.ndarray:
-    """Shares of each true class, down its column; counts in the cells."""
-    matrix = evaluation.confusion
-    shares = matrix / np.maximum(matrix.sum(axis=0, keepdims=True), 1)
-    texts = [[str(count) if count else "" for count in row] for row in matrix.tolist()]
-    names = [*evaluation.names, "background"]
-    return number_grid(shares, texts, names, "Confusion (IoU 0.45, confidence 0.25)", "true", "predicted")
+    """Shares of each true class, down its column; counts in the cells. Of very many classes the most frequent ones."""
+    matrix, num_classes = evaluation.confusion, len(evaluation.names)
+    frequency = (matrix.sum(axis=0) + matrix.sum(axis=1))[:num_classes]
+    shown = np.sort(np.argsort(-frequency, kind="stable")[:MOST_CLASSES])
+    rows = np.append(shown, num_classes)
+    shares = (matrix / np.maximum(matrix.sum(axis=0, keepdims=True), 1))[np.ix_(rows, rows)]
+    texts = [[str(count) if count else "" for count in row] for row in matrix[np.ix_(rows, rows)].tolist()]
+    title = "Confusion (IoU 0.45, confidence 0.25)"
+    if num_classes > MOST_CLASSES:
+        title += f", {MOST_CLASSES} most frequent of {num_classes} classes"
+    return number_grid(
+        shares, texts, [*(evaluation.names[number] for number in shown), "background"], title, "true", "predicted"
+    )
 
 
 def save_labels_png(records: list[Record], names: list[str], path: Path) -> None:
-    """What a data set holds: boxes per class and per picture, where they lie, how large they are (ignored ones left out)."""
+    """What a data set holds: boxes per class and picture, where they lie, how large they are; without ignored ones."""
     kept = [~record.ignore for record in records]
     labels = np.concatenate([np.zeros(0, np.int64), *(record.labels[rows] for record, rows in zip(records, kept))])
     boxes = [record.boxes[rows] / np.array(record.size[::-1] * 2) for record, rows in zip(records, kept)]
@@ -125,29 +140,24 @@ def save_labels_png(records: list[Record], names: list[str], path: Path) -> None
     centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
 
     counts = np.bincount(labels, minlength=len(names))
-    classes = Chart(f"{len(labels)} boxes of {len(names)} classes", "", "boxes", width=640, height=460, categories=list(names))
+    classes = Chart(
+        f"{len(labels)} boxes of {len(names)} classes", "", "boxes", width=640, height=460, categories=list(names)
+    )
     classes.bars(np.arange(len(names)), counts, [colour_of(number) for number in range(len(names))])
     per_image = np.bincount([rows.sum() for rows in kept]) if records else np.zeros(1)
     images = Chart(f"{len(records)} pictures", "boxes in a picture", "pictures", width=640, height=460)
     images.x_range = (-0.6, max(len(per_image) - 0.4, 0.6))
     images.bars(np.arange(len(per_image)), per_image, [MANY_LINES[0]] * len(per_image))
-    where = Chart("Where the boxes lie", "centre x / width", "1 - centre y / height", width=640, height=460)
-    where.density(_density(centres[:, 0], 1 - centres[:, 1]))
+    where = Chart("Where the boxes lie", "centre x / width", "centre y / height", width=640, height=460)
+    where.x_range, where.y_range = (0.0, 1.0), (1.0, 0.0)
+    where.density(_density(centres[:, 0], centres[:, 1]))
     large = Chart("How large they are", "box width / width", "box height / height", width=640, height=460)
+    large.x_range = large.y_range = (0.0, 1.0)
     large.density(_density(sizes[:, 0], sizes[:, 1]))
-    for chart in (where, large):
-        chart.x_range = chart.y_range = (0.0, 1.0)
-    _save(path, side_by_side([chart.render() for chart in (classes, images, where, large)], columns=2))
+    write_image(path, side_by_side([chart.render() for chart in (classes, images, where, large)], columns=2))
 
 
 def _density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Counts on a 50 x 50 grid, lightly blurred, compressed so that single boxes stay visible."""
     counts, _, _ = np.histogram2d(y, x, bins=50, range=[[0, 1], [0, 1]])
     return np.sqrt(cv2.GaussianBlur(counts, (0, 0), 0.8))
-
-
-def _save(path: Path, image: np.ndarray) -> None:
-    encoded, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    assert encoded, f"OpenCV cannot encode {path}"
-    with atomic_write(path) as file:
-        file.write(data.tobytes())

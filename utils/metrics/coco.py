@@ -81,7 +81,7 @@ def evaluate_coco(found: FlatDetections, truths: FlatTruths, num_classes: int) -
 
 
 def best_per_group(found: FlatDetections, num_classes: int) -> tuple[FlatDetections, np.ndarray]:
-    """The best detections of each picture and class, best first, with their rank there. Equal scores keep their order."""
+    """The best of each picture and class, best first, with their rank there. Equal scores keep their order."""
     group = found.image * num_classes + found.label
     order = np.lexsort((-found.score, group))
     rank = _place_in_run(group[order])

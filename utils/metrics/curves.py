@@ -4,6 +4,7 @@ Letters: C classes, S confidence steps.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def confidence_curves(result: CocoResult) -> Curves:
     by_label = np.lexsort((result.score, result.label))
     label, score, right = result.label[by_label], result.score[by_label], result.right[by_label]
     ends = np.searchsorted(label, np.arange(len(num_truths) + 1))
-    for number, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
+    for number, (start, end) in enumerate(pairwise(ends)):
         below = np.searchsorted(score[start:end], confidence, side="left")
         num_right = np.append(0, np.cumsum(right[start:end]))
         hits[number], seen[number] = num_right[-1] - num_right[below], (end - start) - below

@@ -78,8 +78,8 @@ class Evaluation:
             found = self.ranked
             notes.append(
                 f"{self.protocol}: mAP50 {_number(found.mean)}; at confidence {found.confidence:g} "
-                f"P {found.precision:.2f}, R {found.recall:.2f}, F1 {found.f1:.2f}, TP {found.tp.sum()}, FP {found.fp.sum()}, "
-                f"FN {found.fn.sum()}, mean IoU {100 * found.mean_iou:.2f} %"
+                f"P {found.precision:.2f}, R {found.recall:.2f}, F1 {found.f1:.2f}, "
+                f"TP {found.tp.sum()}, FP {found.fp.sum()}, FN {found.fn.sum()}, mean IoU {100 * found.mean_iou:.2f} %"
             )
         stray = self.confusion[:-1].sum(axis=1) * (self.instances == 0)
         if stray.any():
