@@ -109,34 +109,34 @@ class _Walk:
 
     def _check_keys(self, section: Section, rule: Rule) -> bool:
         """Note every unknown key and every bad value; True where the section can be used."""
-        before = len(self._errors())
+        before, meant = len(self._errors()), set()
         for key in section.options:
             check = rule.keys.get(key) or ANY.keys.get(key)
             if check:
                 self._guarded(check, section, key)
             elif key not in rule.known:
-                self._unknown_key(section, key, rule)
+                meant.add(self._unknown_key(section, key, rule))
         for key in rule.required:
-            if key not in section:
+            if key not in section and key not in meant:
                 self._note(section, f"[{section.type}] lacks '{key}'")
         for key, default in rule.said.items():
-            if key not in section:
+            if key not in section and key not in meant:
                 self._note(section, f"[{section.type}] lacks '{key}': {default}, as in Darknet", severity="warning")
         return len(self._errors()) == before
 
-    def _unknown_key(self, section: Section, key: str, rule: Rule) -> None:
-        """A close misspelling of a key that counts is an error; what Darknet would pass over too is a warning."""
-        option = section.options[key]
+    def _unknown_key(self, section: Section, key: str, rule: Rule) -> str:
+        """Note it and return the key that was probably meant.
+
+        A close misspelling of a key that is not there is an error; what Darknet passes over as well is a warning.
+        """
+        text, message = section.options[key].text, f"unknown key '{clip(key)}' in [{section.type}]"
         close = [name for name in difflib.get_close_matches(key, rule.known, 3, MISSPELT) if name not in section]
         if close:
             hint = f"did you mean '{close[0]}'? Darknet does not read '{clip(key)}' either"
-            self._note(
-                section, f"unknown key '{clip(key)}' in [{section.type}]", hint, key, fix=f"{close[0]}={option.text}"
-            )
-            return
-        hint = "Darknet does not read it either"
-        message = f"unknown key '{clip(key)}' in [{section.type}]"
-        self._note(section, message, hint, key, "warning", fix=f"# {key}={option.text}")
+            self._note(section, message, hint, key, fix=f"{close[0]}={text}")
+            return close[0]
+        self._note(section, message, "Darknet does not read it either", key, "warning", fix=f"# {key}={text}")
+        return ""
 
     def _check_net(self, net: Section) -> bool:
         required = ("inputs",) if "inputs" in net else ("width", "height", "channels")
@@ -217,27 +217,36 @@ class _Walk:
 
     def _check_head(self, index: int) -> None:
         section, spec = self.cfg.layers[index], self.specs[index]
-        convolution = feeding_convolution(self.cfg, index)
-        if convolution is None:
-            raise section.error(f"no convolution feeds this [{section.type}]", hint="a head needs one before it")
         if spec is None:
             return
+        convolution = feeding_convolution(self.cfg, index)
         needed, found = head_filters(section), spec.shape[0]
+        if found != needed and convolution is None:
+            raise section.error(
+                f"[{section.type}] reads {found} channels, needs {needed}", hint="a convolution before it"
+            )
         if found != needed:
+            message = f"filters={convolution.int('filters')}, [{section.type}] line {section.line} needs {needed}"
             key = "filters" if "filters" in convolution else None
-            found = f"filters={convolution.int('filters')}, [{section.type}] line {section.line} needs {needed}"
-            self._note(convolution, found, "anchors in mask * (classes + values)", key, fix=f"filters={needed}")
+            self._note(convolution, message, "anchors in mask * (classes + values)", key, fix=f"filters={needed}")
         pairs, num = len(head_anchors(section)), section.int("num")
         if pairs > num:
             found = f"{pairs} anchors, but num={num}: mask may name all of them"
-            self._note(section, found, "Darknet reads past its table", "num", "warning", f"num={pairs}")
+            fix = f"num={pairs}" if "mask" in section else None  # without a mask num says how many are used
+            self._note(section, found, "Darknet reads past its table", "num", "warning", fix)
         if section.type != "region" and "mask" not in section:
             self._note(section, f"no mask: all {section.int('num')} anchors", severity="warning")
-        if section.flag("new_coords") and convolution.str("activation", "logistic") != "logistic":
-            found = f"activation={convolution.str('activation')}, [{section.type}] line {section.line} has new_coords=1"
-            self._note(
-                convolution, found, "new_coords needs activation=logistic", "activation", fix="activation=logistic"
-            )
+        if section.flag("new_coords"):
+            self._check_logistic(section, self.cfg.layers[index - 1])
+
+    def _check_logistic(self, head: Section, before: Section) -> None:
+        """A head with new_coords has no sigmoid of its own: the convolution right before it must have it."""
+        if before.type != "convolutional":
+            raise head.error(f"new_coords=1 after [{before.type}]", "new_coords", "a logistic convolution must feed it")
+        if before.str("activation", "logistic") != "logistic":
+            message = f"activation={before.str('activation')}, [{head.type}] line {head.line} has new_coords=1"
+            fix = "activation=logistic"
+            self._note(before, message, f"new_coords needs {fix}", "activation", fix=fix)
 
     def _check_heads_together(self, heads: tuple[int, ...]) -> None:
         classes = [self.cfg.layers[i] for i in heads if self.sound[i + 1]]
