@@ -232,7 +232,11 @@ def _warp(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarr
         centered = _shift(-0.5 - low[0], -0.5 - low[1]) @ to_image @ _shift(0.5, 0.5)
         part = canvas[low[1] : high[1], low[0] : high[0]]
         span = (int(high[0] - low[0]), int(high[1] - low[1]))
-        cv2.warpPerspective(image, centered, span, dst=part, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_TRANSPARENT)
+        options = {"dst": part, "flags": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_TRANSPARENT}
+        if centered[2, :2].any():
+            cv2.warpPerspective(image, centered, span, **options)
+        else:  # the same in half the time
+            cv2.warpAffine(image, centered[:2], span, **options)
     return matrix
 
 
