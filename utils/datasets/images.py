@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import DecompressionBombError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
@@ -53,6 +54,7 @@ MAGIC = (  # first bytes -> format
     (b"MM\0*", "TIFF"),
     *((f"P{number}".encode(), "PPM") for number in range(1, 7)),
 )
+HEADER_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, struct.error, DecompressionBombError)  # Pillow's
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
 IMAGE_WIDTH, IMAGE_LENGTH, ORIENTATION = 0x0100, 0x0101, 0x0112  # TIFF tags; EXIF has the last one
 UNDEFINED_MODES = {"F": "32-bit float", "I": "32-bit integer"}  # Pillow's mode -> in words
@@ -169,7 +171,7 @@ def _read_header(file: BinaryIO, where: object, max_pixels: int) -> Header:
     file.seek(0)
     try:
         image = READERS[format](file)
-    except (OSError, SyntaxError, ValueError, OverflowError, struct.error) as error:  # Pillow's words for a bad header
+    except HEADER_ERRORS as error:
         raise ImageError(where, f"damaged header of a {format}: {error}") from error
     if format == "TIFF":  # Pillow's size is the upright one in some of its versions
         tags = image.tag_v2
@@ -217,25 +219,34 @@ def _exif_orientation(exif: bytes) -> int:
 
 def _refuse_incomplete(data: bytes, format: str, where: object) -> None:
     """Raise where a JPEG or PNG has lost its end. Bytes after the end are legal and ignored."""
-    mark = END_MARKS.get(format)
-    if mark is None or data.endswith(mark):
-        return
-    start = _scan_start(data) if format == "JPEG" else 0  # an EXIF thumbnail has an end mark of its own
-    if data.find(mark, start) < 0:
-        raise ImageError(
-            where, f"cut off: {len(data)} bytes of a {format} without its end", "copy or download it again"
-        )
+    if format in COMPLETE and not COMPLETE[format](data):
+        raise ImageError(where, f"cut off or damaged: a {format} of {len(data)} bytes without its end", "copy it again")
 
 
-def _scan_start(data: bytes) -> int:
-    """Offset of a JPEG's first scan: behind every header segment, thumbnails included."""
+def _jpeg_is_complete(data: bytes) -> bool:
+    """Is there an end mark behind every header segment? (A thumbnail among them has an end mark of its own.)"""
+    if data.endswith(END_MARKS["JPEG"]):
+        return True
     at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the first scan
         if data[at + 1] == 0xFF:  # fill byte
             at += 1
             continue
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return at
+    return data.find(END_MARKS["JPEG"], at) >= 0
+
+
+def _png_is_complete(data: bytes) -> bool:
+    """Do the chunks lead to the last one? (OpenCV would allocate the length a damaged chunk claims, up to 4 GB.)"""
+    at = 8
+    while at + 12 <= len(data):
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return False
+
+
+COMPLETE = {"JPEG": _jpeg_is_complete, "PNG": _png_is_complete}
 
 
 def _decode_gif(data: bytes, channels: int, where: object) -> np.ndarray:

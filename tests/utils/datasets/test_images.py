@@ -62,6 +62,7 @@ def test_orientation_is_applied_once(tmp_path, pixels, format, orientation):
     assert np.abs(read_image(path).astype(int) - upright).max() <= (0 if format in ("PNG", "TIFF") else 12)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"]
 )
@@ -175,6 +176,26 @@ def test_claimed_sizes_are_refused_before_decoding(tmp_path, size):
     for reader in (probe, read_image):
         with pytest.raises(ImageError, match=r"too large|damaged"):
             reader(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
+def test_damaged_bytes_give_a_picture_or_an_image_error(tmp_path, pixels, format):
+    """The size of what is decoded is the size the header names, whatever happened to the bytes behind it."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encode(Image.fromarray(pixels), format, exif=exif)
+    for _ in range(150):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), rng.integers(1, 8)):
+            data[at] = rng.integers(256)
+        path = write(tmp_path, "damaged", bytes(data))
+        try:
+            image = read_image(path, max_pixels=10**6)
+        except ImageError:
+            continue
+        assert image.dtype == np.uint8 and image.shape == (*probe(path)[1], 3)
 
 
 def test_limit_is_the_callers(tmp_path, pixels):

@@ -14,7 +14,9 @@ from utils.datasets.formats.rows import KEPT, QUARANTINED, Problems, Row, drop_d
 from utils.errors import UserError
 from utils.structures import Record
 
-NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"  # ASCII only: float() also takes "٣", "0_5", "nan"
+NUMBER = (
+    r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"  # ASCII only: float() also takes "٣", "0_5", "nan"
+)
 NUMBERS = re.compile(rf"{NUMBER}(?:[ \t]+{NUMBER})*")
 BOX_COLUMNS, MIN_POLYGON_COLUMNS = 5, 7
 MAX_LINE = 1 << 16  # characters
@@ -31,7 +33,7 @@ def read_yolo(source: Source, problems: Problems) -> tuple[tuple[str, ...], list
     assert source.names is not None
     pictures = find_pictures(source, problems)
     sizes = probe_pictures(pictures, problems)
-    reader = _LabelReader(source.names, problems)
+    reader = LabelReader(source.names, problems)
     records, missing = [], []
     for picture, size in sizes.items():
         label = find_label(picture)
@@ -63,7 +65,7 @@ def find_label(picture: Path) -> Path | None:
     return next((path for path in label_paths(picture) if path.is_file()), None)
 
 
-class _LabelReader:
+class LabelReader:
     """Reads label files and remembers what only the whole set can show."""
 
     def __init__(self, names: tuple[str, ...], problems: Problems):
@@ -135,16 +137,14 @@ class _LabelReader:
         num = len(self.names)
         if self.first_nameless:
             shifted = 0 not in self.ids and max(self.ids) == num
-            hint = (
-                "all ids are 1 or more: do they start at 1? YOLO counts from 0" if shifted else "add the missing names"
+            hint = "no id is 0: do they start at 1? YOLO counts from 0" if shifted else "add the missing names"
+            nameless = ", ".join(map(str, sorted(i for i in self.ids if i >= num)[:5]))
+            raise UserError(
+                self.first_nameless, f"class id {nameless}, but there are {num} names (0 to {num - 1})", hint
             )
-            found = f"class id {max(self.ids)}" if shifted else f"class id {min(i for i in self.ids if i >= num)}"
-            raise UserError(self.first_nameless, f"{found} of {num} classes (0 to {num - 1})", hint)
         if self.num_pixel_rows * 2 > self.num_rows:
             share = f"{self.num_pixel_rows} of {self.num_rows} rows have numbers far above 1: labels look like pixels"
-            raise UserError(
-                self.first_pixels, share, "divide x and w by the width, y and h by the height of the picture"
-            )
+            raise UserError(self.first_pixels, share, "divide x and w by the picture's width, y and h by its height")
 
 
 def _decode(data: bytes) -> str:
