@@ -94,7 +94,7 @@ class _Walk:
 
     def _check_section(self, section: Section) -> bool:
         if section.type in REFUSED:
-            self._note(section, f"[{section.type}] ({REFUSED[section.type]}) is not supported")
+            self._note(section, f"[{section.type}] ({REFUSED[section.type]}) is not supported", "Darknet reads it")
             return False
         if section.type not in SECTIONS:
             close = difflib.get_close_matches(section.type, [*SECTIONS, *REFUSED], 1)

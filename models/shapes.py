@@ -155,7 +155,9 @@ def reorg(section, inputs):
 def mismatch(section, inputs, key, what):
     """The error of two layers that do not fit, naming both."""
     shapes = ", ".join(f"{show(i.shape)} from [{i.section.type}] line {i.section.line}" for i in inputs)
-    return section.error(f"{what}: {shapes}", key)
+    sides = [max(i.shape[1:]) for i in inputs]
+    hint = "make width and height of [net] multiples of the largest stride" if max(sides) - min(sides) == 1 else ""
+    return section.error(f"{what}: {shapes}", key, hint)
 
 
 def route(section, inputs):

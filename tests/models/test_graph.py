@@ -36,6 +36,11 @@ def bad(old, new, text=CLEAN):
     return changed
 
 
+# stride 4 and back up to stride 2, joined with layer 0
+ODD = bad("[yolo]", "[upsample]\n[route]\nlayers=-1,0\n[convolutional]\nfilters=21\nactivation=linear\n[yolo]")
+ODD = bad("stride=1", "stride=2", ODD)
+
+
 # ---- against Darknet
 
 
@@ -192,6 +197,7 @@ FAULTS = {  # (text, line, part of the message)
     "C23-anchors-nan": (bad("16,16", "16,nan"), 25, "not a finite number"),
     "C23-num": (bad("num=3", "num=4"), 25, "3 anchors, but num=4 at line 27"),
     "C25-first": (NET + HEAD.split("linear\n")[1], 7, "[yolo] reads 3 channels, needs 21"),
+    "C26-odd": (bad("width=32", "width=33", ODD), 25, "multiples of the largest stride"),
     "C26-zero": (bad("width=32", "width=0"), 4, "width=0, expected at least 1"),
     "C27-batch": (bad("batch=2", "batch=0"), 2, "batch=0, expected at least 1"),
     "C27-subdivisions": (bad("subdivisions=1", "subdivisions=0"), 3, "subdivisions=0, expected at least 1"),
