@@ -278,6 +278,7 @@ def build_network(args: argparse.Namespace, cfg, data: Data, resumed: Resumed | 
     from models.darknet import Darknet
     from models.loading import find_file
     from models.pretrained import load_pretrained
+    from models.section import listing
     from utils.distributed import is_main
 
     say = print if is_main() else lambda text: None
@@ -288,6 +289,8 @@ def build_network(args: argparse.Namespace, cfg, data: Data, resumed: Resumed | 
         height, width = args.img_size if len(args.img_size) == 2 else args.img_size * 2
         cfg = cfg.with_options([(cfg.net, "width", width), (cfg.net, "height", height)])
     model = Darknet(cfg)
+    if noticed := (*cfg.warnings, *model.graph.problems):
+        say(listing(noticed))
     if any(side <= 0 or side % model.stride for side in model.size):
         near = [max(1, round(side / model.stride)) * model.stride for side in model.size]
         raise UserError(

@@ -60,6 +60,8 @@ def totals(graph: Graph) -> str:
     params, floats, flops = (sum(getattr(spec, name) for spec in specs) for name in ("params", "floats", "flops"))
     text = f"{graph.width}x{graph.height}: {params:,} parameters, {flops / 1e9:.3f} BFLOPs, "
     text += f"{20 + 4 * floats:,} bytes of weights"
+    if None in graph.layers:
+        return f"{text}, layers marked ? not counted"
     if graph.heads and all(graph.layers[head] for head in graph.heads):
         text += f", heads at strides {', '.join(map(str, graph.strides))}"
     return text

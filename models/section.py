@@ -38,10 +38,15 @@ class CfgError(UserError):
         self.problems = problems
         first = problems[0]
         super().__init__(f"{first.path}:{first.line}", first.message, first.hint)
-        lines = [str(problem) for problem in problems[:MAX_SHOWN]]
-        if len(problems) > MAX_SHOWN:
-            lines.append(f"and {len(problems) - MAX_SHOWN} more: python -m models.lint {first.path}")
-        self.args = ("\n".join(lines),)
+        self.args = (listing(problems),)
+
+
+def listing(problems: tuple[Problem, ...]) -> str:
+    """One line per problem; beyond the first ones, where to see the rest."""
+    lines = [str(problem) for problem in problems[:MAX_SHOWN]]
+    if len(problems) > MAX_SHOWN:
+        lines.append(f"and {len(problems) - MAX_SHOWN} more: python -m models.lint {problems[0].path}")
+    return "\n".join(lines)
 
 
 def raise_errors(problems) -> None:
