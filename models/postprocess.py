@@ -14,30 +14,30 @@ import torch
 from torch import Tensor
 
 from models.structures import Predictions
-from utils.boxes import box_iou
+from utils.boxes import paired_iou
 from utils.errors import UserError
 from utils.structures import Detections
 
-CHUNK = 512  # candidates that are compared with each other at once
+CHUNK = 256  # candidates that are compared with each other, and with those kept, at once
 FIRST_POOL = 4096  # candidates that are sorted first; each further pool is 8 times larger
 
 
 def iou_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
-    """Plain IoU [N, M]."""
-    return box_iou(boxes, others)
+    """Plain IoU [K] of row with row."""
+    return paired_iou(boxes, others)
 
 
 def diou_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
-    """IoU - (d / c)^beta [N, M]: d squared distance of the centers, c squared diagonal of the hull.
+    """IoU - (d / c)^beta [K] of row with row: d squared distance of the centers, c squared diagonal of the hull.
 
-    Zheng et al. 2020, with Darknet's exponent. Darknet measures in units of the picture's sides, which are not square;
-    here it is pixels of the network's input: the same unless the input is not square or letterboxed.
+    Zheng et al. 2020, with Darknet's exponent. Darknet measures in widths and heights of the picture; here it is pixels
+    of the network's input: the same unless that is not square, or the picture is letterboxed.
     """
-    low = torch.minimum(boxes[:, None, :2], others[None, :, :2])
-    high = torch.maximum(boxes[:, None, 2:], others[None, :, 2:])
-    offset = (boxes[:, None, :2] + boxes[:, None, 2:] - others[None, :, :2] - others[None, :, 2:]) / 2
+    low = torch.minimum(boxes[:, :2], others[:, :2])
+    high = torch.maximum(boxes[:, 2:], others[:, 2:])
+    offset = (boxes[:, :2] + boxes[:, 2:] - others[:, :2] - others[:, 2:]) / 2
     diagonal = (high - low).square().sum(-1).clamp(min=torch.finfo(boxes.dtype).tiny)
-    return box_iou(boxes, others) - (offset.square().sum(-1) / diagonal).pow(beta)
+    return paired_iou(boxes, others) - (offset.square().sum(-1) / diagonal).pow(beta)
 
 
 def greedy_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
@@ -81,6 +81,7 @@ def postprocess(
         raise UserError("classes", f"{unknown[0]}: expected 0..{num_classes - 1}, the network's classes")
     wanted = torch.zeros(num_classes, device=preds.cls.device)
     wanted[list(range(num_classes) if classes is None else classes)] = 1
+    num_groups = 1 if agnostic else num_classes  # candidates of one group are rivals
     measure = NMS_KINDS[kind]
 
     detections = []
@@ -94,11 +95,17 @@ def postprocess(
         scores = (scores * wanted).flatten()
         boxes = boxes[slots]
 
-        def overlapping(rows: Tensor, others: Tensor, boxes=boxes) -> Tensor:
-            over = measure(boxes[rows // num_classes], boxes[others // num_classes], beta_nms) > iou_thres
-            return over if agnostic else over & (rows[:, None] % num_classes == others % num_classes)
+        def conflicts(rows: Tensor, start: int, boxes=boxes) -> tuple[Tensor, Tensor]:
+            """Positions in ``rows`` (best first) of all pairs (worse, better) that overlap too much, worse >= start."""
+            groups, slots = rows % num_groups, rows // num_classes
+            rivals = (groups[start:, None] == groups).tril(start - 1)
+            worse, better = rivals.nonzero(as_tuple=True)
+            worse = worse + start
+            pair = [boxes.index_select(0, slots.index_select(0, side)) for side in (worse, better)]
+            over = (measure(*pair, beta_nms) > iou_thres).nonzero().squeeze(1)
+            return worse[over], better[over]
 
-        kept = _suppress(_best_first(scores, conf_thres), overlapping, slots[:0], max_det)
+        kept = _suppress(_best_first(scores, conf_thres), conflicts, slots[:0], max_det)
         detections.append(Detections(boxes=boxes[kept // num_classes], scores=scores[kept], labels=kept % num_classes))
     return detections
 
@@ -128,28 +135,26 @@ def _best_first(scores: Tensor, threshold: float) -> Iterator[Tensor]:
         pool *= 8
 
 
-def _suppress(
-    chunks: Iterator[Tensor], overlapping: Callable[[Tensor, Tensor], Tensor], kept: Tensor, max_det: int
-) -> Tensor:
-    """``kept`` and the best of the candidates that overlap none before them, at most ``max_det`` in all."""
+def _suppress(chunks: Iterator[Tensor], conflicts: Callable, kept: Tensor, max_det: int) -> Tensor:
+    """``kept`` and the best candidates that are in conflict with none kept before them, at most ``max_det`` in all."""
     for chunk in chunks:
-        chunk = chunk[~overlapping(chunk, kept).any(dim=1)]
-        beaten_by = overlapping(chunk, chunk).tril(-1)
-        kept = torch.cat([kept, chunk[_survivors(beaten_by)]])
+        rows = torch.cat([kept, chunk])
+        kept = rows[_survivors(len(rows), *conflicts(rows, len(kept)))]
         if len(kept) >= max_det:
             break
     return kept[:max_det]
 
 
-def _survivors(beaten_by: Tensor) -> Tensor:
-    """Greedy suppression without a loop over rows: bool [n] from ``beaten_by`` [n, n], strictly lower triangular.
+def _survivors(num: int, worse: Tensor, better: Tensor) -> Tensor:
+    """Greedy suppression without a loop over rows: bool [num] from the pairs in conflict, ``worse`` > ``better``.
 
-    A row survives if no survivor beats it. Repeating this for all rows at once settles at least one more row each
-    time, so that it ends at the only solution: in practice after as many steps as the longest chain, less than ten.
+    A row survives if no survivor is in conflict with it and better. Repeating this for all rows at once settles at
+    least one more row each time and ends at the only solution: after as many steps as the longest chain, about ten.
     """
-    alive = beaten_by.new_ones(len(beaten_by))
+    alive = torch.ones(num, dtype=torch.bool, device=worse.device)
     while True:
-        settled = ~(beaten_by & alive).any(dim=1)
+        settled = torch.ones_like(alive)
+        settled[worse[alive[better]]] = False
         if torch.equal(settled, alive):
             return alive
         alive = settled
