@@ -62,7 +62,7 @@ def totals(graph: Graph) -> str:
     text += f"{20 + 4 * floats:,} bytes of weights"
     if None in graph.layers:
         return f"{text}, layers marked ? not counted"
-    if graph.heads and all(graph.layers[head] for head in graph.heads):
+    if graph.heads:
         text += f", heads at strides {', '.join(map(str, graph.strides))}"
     return text
 
