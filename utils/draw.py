@@ -69,7 +69,8 @@ def batch_mosaic(
     rows = int(np.ceil(len(images) / columns))
     gap = 4
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    scale = min(1.0, (max_size - gap) / columns / (width + gap), (max_size - gap) / rows / (height + gap))
+    room = max_size - gap
+    scale = min(1.0, (room / columns - gap) / width, (room / rows - gap) / height)
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
     canvas = np.full((gap + rows * (height + gap), gap + columns * (width + gap), 3), 255, np.uint8)
     for number, image in enumerate(images):
