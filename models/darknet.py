@@ -4,7 +4,7 @@ Letters: B images, C H W of the images, h w of a head's map, A anchors, P slots 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -43,6 +43,9 @@ class Darknet(nn.Module):
         self._init_heads()
         self._inputs = tuple(spec.inputs for spec in self.graph.layers)
         self._done = self._last_reads()
+        self._needed = self._ancestors(self.graph.outputs)
+        for index in set(range(len(self.layers))) - set(self._needed):
+            self.layers[index].requires_grad_(False)  # a branch that only another program's loss reads
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -85,14 +88,14 @@ class Darknet(nn.Module):
             float [B, A * (5 + classes), h, w] each (logits throughout).
         """
         wanted = dict.fromkeys(self.graph.outputs)
-        for index, output in self._walk(images):
+        for index, output in self._walk(images, self._needed):
             if index in wanted:
                 wanted[index] = output
         return list(wanted.values())
 
     def layer_outputs(self, images: Tensor) -> list[Tensor]:
         """The output of every layer, in the order of the cfg: for looking, comparing and counting."""
-        return [output for _, output in self._walk(images)]
+        return [output for _, output in self._walk(images, range(len(self.layers)))]
 
     def decode(self, outputs: list[Tensor], size: tuple[int, int]) -> Predictions:
         """Raw maps -> predictions of all slots, in pixels of an input of ``size`` (H, W)."""
@@ -109,14 +112,22 @@ class Darknet(nn.Module):
                 module.fuse()
         return fused
 
-    def _walk(self, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _walk(self, images: Tensor, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """(index, output) of layer after layer; an output is forgotten after its last reader."""
         outputs = {-1: images}
-        for index, layer in enumerate(self.layers):
-            output = outputs[index] = layer(*[outputs[source] for source in self._inputs[index]])
+        for index in indices:
+            output = outputs[index] = self.layers[index](*[outputs[source] for source in self._inputs[index]])
             yield index, output
             for source in self._done[index]:
                 del outputs[source]
+
+    def _ancestors(self, outputs: Sequence[int]) -> tuple[int, ...]:
+        """The layers that the network's outputs are computed from, in order."""
+        needed = set(outputs)
+        for index in reversed(range(len(self.layers))):
+            if index in needed:
+                needed.update(self._inputs[index])
+        return tuple(sorted(needed - {-1}))
 
     def _last_reads(self) -> tuple[tuple[int, ...], ...]:
         """Per layer, the outputs that nobody reads after it."""

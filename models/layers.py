@@ -62,14 +62,15 @@ class Route(nn.Module):
         return inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
 
 
-def _with_channels(x: Tensor, channels: int) -> Tensor:
-    """Cut off further channels, or add channels of zeros."""
-    missing = channels - x.shape[1]
-    return x[:, :channels] if missing <= 0 else F.pad(x, (0, 0, 0, 0, 0, missing))
+def _fitted(x: Tensor, like: Tensor) -> Tensor:
+    """Every n-th pixel of a larger map; further channels cut off, or channels of zeros added."""
+    step, missing = x.shape[2] // like.shape[2], like.shape[1] - x.shape[1]
+    x = x[:, : like.shape[1], ::step, ::step]
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing > 0 else x
 
 
 class Shortcut(nn.Module):
-    """[shortcut]: the previous map plus others, then the activation; as many channels as the previous map has."""
+    """[shortcut]: the previous map plus others, then the activation; the shape is the previous map's."""
 
     def __init__(self, activation: str):
         super().__init__()
@@ -83,7 +84,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         for other in others:
-            x = x + (other if other.shape[1] == x.shape[1] else _with_channels(other, x.shape[1]))
+            x = x + (other if other.shape == x.shape else _fitted(other, x))
         return self.activation(x)
 
 
@@ -122,8 +123,7 @@ class WeightedShortcut(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         shares = self.share(self.weights)[:, None, :, None, None]
-        channels = inputs[0].shape[1]
-        return self.activation(sum(_with_channels(x, channels) * share for x, share in zip(inputs, shares)))
+        return self.activation(sum(_fitted(x, inputs[0]) * share for x, share in zip(inputs, shares)))
 
     def darknet_arrays(self) -> dict[str, Tensor]:
         return {"weights": self.weights}

@@ -268,3 +268,9 @@ def test_convolutions_start_as_darknets(image):
     conv = network("[convolutional]\nfilters=64\nsize=3\ngroups=2\n", 8).layers[0].conv
     bound = (2 / (4 * 9)) ** 0.5
     assert 0.95 * bound < conv.weight.abs().max() <= bound and (conv.bias == 0).all()
+
+
+def test_shortcut_takes_every_other_pixel_of_a_larger_map(image):
+    model = network("[empty]\n[convolutional]\nfilters=4\nsize=3\npad=1\nstride=2\n[shortcut]\nfrom=-2\n", 8)
+    large, small, found = model.layer_outputs(image)
+    torch.testing.assert_close(found, small + large[:, :4, ::2, ::2])
