@@ -16,8 +16,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils.errors import ResourceError
+from utils.errors import ResourceError, UserError
 
+VERSION = 1  # of what a seed draws
 NAMES = ("circle", "rectangle", "triangle")
 NUM_PICTURES = {"train": 600, "val": 120}
 SIZES = ((240, 320), (320, 240), (240, 240), (208, 368), (288, 288))  # H, W
@@ -50,29 +51,46 @@ def ensure_shapes(folder: str | Path, seed: int = 0, num_pictures: dict[str, int
 
     Raises:
         ResourceError: the folder cannot be written.
+        UserError: the folder holds what another seed or an older version drew.
     """
-    folder = Path(folder)
+    folder, splits = Path(folder), num_pictures or NUM_PICTURES
+    text = _yaml(splits, seed)
     if (folder / "data.yaml").is_file():
-        return folder / "data.yaml"
+        return _checked(folder, text)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
         part.mkdir(parents=True)
-        for number, (split, num) in enumerate((num_pictures or NUM_PICTURES).items()):
+        for number, (split, num) in enumerate(splits.items()):
             _write_split(part, split, num, np.random.SeedSequence([seed, number]))
-        (part / "data.yaml").write_text(_yaml(num_pictures or NUM_PICTURES), encoding="utf-8")
+        (part / "data.yaml").write_text(text, encoding="utf-8")
         part.rename(folder)
     except OSError as error:
-        if (folder / "data.yaml").is_file():  # another process was faster, with the same files
-            return folder / "data.yaml"
+        if (folder / "data.yaml").is_file():  # another process was faster
+            return _checked(folder, text)
         raise ResourceError(folder, f"cannot write the default data set: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder / "data.yaml"
 
 
-def _yaml(splits) -> str:
-    lines = [f"{split}: images/{split}" for split in splits]
+def _yaml(splits: dict[str, int], seed: int) -> str:
+    """The text of data.yaml; its first line names everything the pictures depend on."""
+    counts = ", ".join(f"{num} {split}" for split, num in splits.items())
+    lines = [f"# Drawn by Matchbox: version {VERSION}, seed {seed}, {counts}"]
+    lines += [f"{split}: images/{split}" for split in splits]
     return "\n".join([*lines, "names:", *(f"  {label}: {name}" for label, name in enumerate(NAMES)), ""])
+
+
+def _checked(folder: Path, text: str) -> Path:
+    """The data.yaml of an existing folder, if it is the one that would be made."""
+    path = folder / "data.yaml"
+    found = path.read_text(encoding="utf-8").partition("\n")[0]
+    expected = text.partition("\n")[0]
+    if found != expected:
+        raise UserError(
+            f"{path}:1", f"found '{found}', expected '{expected}'", f"remove {folder} to have it drawn anew"
+        )
+    return path
 
 
 def _write_split(root: Path, split: str, num: int, seed: np.random.SeedSequence) -> None:

@@ -11,7 +11,7 @@ from utils.datasets import shapes
 from utils.datasets.images import read_image
 from utils.datasets.records import read_dataset
 from utils.datasets.shapes import NAMES, draw_picture, ensure_shapes
-from utils.errors import ResourceError
+from utils.errors import ResourceError, UserError
 
 FEW = {"train": 12, "val": 4}
 
@@ -82,6 +82,12 @@ def test_an_existing_folder_is_never_touched(tmp_path):
         ensure_shapes(tmp_path / "mine", num_pictures=FEW)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_what_another_seed_drew_is_not_taken_for_this_one(folder):
+    assert ensure_shapes(folder, num_pictures=FEW) == folder / "data.yaml"
+    with pytest.raises(UserError, match=r"data\.yaml:1: found .*seed 0.* expected .*seed 1.*remove"):
+        ensure_shapes(folder, seed=1, num_pictures=FEW)
 
 
 def test_no_half_data_set_is_left(tmp_path, monkeypatch):
