@@ -35,7 +35,7 @@ class TransferReport:
 
     path: str
     source: str  # what the file was
-    layers: dict[str, str]  # "layers.0" -> its section, for the table
+    sections: tuple[str, ...]  # type of every layer, for the table
     matched: tuple[str, ...]
     differs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # name -> shape in the file, shape here
     missing: tuple[str, ...]  # here, not in the file
@@ -52,7 +52,7 @@ class TransferReport:
         lines = [f"{self.path} ({self.source}): {len(self.matched)} of {total} tensors transferred"]
         for first, last, fate in self._runs():
             span = first if first == last else f"{first}-{last}"
-            kind = self.layers.get(f"layers.{first}", "") if first == last else ""
+            kind = self.sections[int(first)] if first == last else ""
             lines.append(f"  layer {span:<9} {kind:<15} {fate}".rstrip())
         if self.extra:
             more = f" and {len(self.extra) - 3} more" if len(self.extra) > 3 else ""
@@ -61,18 +61,17 @@ class TransferReport:
 
     def _runs(self) -> list[tuple[str, str, str]]:
         """(first layer, last layer, what happened), neighbours with the same fate joined."""
-        fates: dict[str, list[str]] = {}
-        for name in self.matched:
-            fates.setdefault(_layer(name), [])
+        fates: dict[str, list[str]] = {_layer(name): [] for name in (*self.matched, *self.differs)}
+        gone = {_layer(name) for name in self.missing} - fates.keys()
+        fates |= {layer: ["missing"] for layer in gone}
         for name in self.missing:
-            fates.setdefault(_layer(name), []).append("missing")
+            if _layer(name) not in gone:
+                fates[_layer(name)].append(f"{_short(name)} missing")
         for name, (theirs, ours) in self.differs.items():
-            fates.setdefault(_layer(name), []).append(
-                f"{name.rpartition('.')[2]} {_times(theirs)}, here {_times(ours)}"
-            )
+            fates[_layer(name)].append(f"{_short(name)} {_times(theirs)}, here {_times(ours)}")
         runs: list[tuple[str, str, str]] = []
         for layer in sorted(fates, key=lambda text: (len(text), text)):
-            fate = "; ".join(dict.fromkeys(fates[layer])) or "matched"
+            fate = "; ".join(fates[layer]) or "matched"
             if runs and runs[-1][2] == fate:
                 runs[-1] = (runs[-1][0], layer, fate)
             else:
@@ -94,7 +93,7 @@ def load_pretrained(model: Darknet, path: str | Path) -> TransferReport:
     report = TransferReport(
         path=str(path),
         source=source,
-        layers={f"layers.{spec.index}": spec.section.type for spec in model.graph.layers},
+        sections=tuple(spec.section.type for spec in model.graph.layers),
         matched=tuple(matched),
         differs={
             name: (tuple(theirs[name].shape), tuple(tensor.shape))
@@ -163,7 +162,8 @@ def _read_torch(model: Darknet, path: Path) -> tuple[dict[str, Tensor], str]:
     """A state dict saved by ``torch.save``, also inside a dict of other plain values."""
     _refuse_bomb(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # given a path, torch would decide by its name
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         hint = "in an isolated environment: torch.save(model.state_dict(), 'plain.pt')"
         raise UserError(path, "damaged, or holds more than tensors, which needs a pickle", hint) from error
@@ -204,6 +204,11 @@ def _own_name(name: str) -> str:
 def _layer(name: str) -> str:
     """``layers.12.conv.weight`` -> ``12``."""
     return name.split(".")[1]
+
+
+def _short(name: str) -> str:
+    """``layers.12.conv.weight`` -> ``conv.weight``."""
+    return name.split(".", 2)[2]
 
 
 def _times(shape: tuple[int, ...]) -> str:
