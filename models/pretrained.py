@@ -5,7 +5,6 @@ checkpoints, and plain ``.pt`` state dicts. What a file is, its first bytes deci
 needs a pickle is read.
 """
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,10 +162,14 @@ def _read_torch(model: Darknet, path: Path) -> tuple[dict[str, Tensor], str]:
     _refuse_bomb(path)
     try:
         with path.open("rb") as file:  # given a path, torch would decide by its name
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+            needs = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            file.seek(0)
+            content = None if needs else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged bytes torch's reader raises whatever they make it run into
+        raise UserError(path, "a damaged PyTorch archive", "fetch it again") from error
+    if needs:
         hint = "in an isolated environment: torch.save(model.state_dict(), 'plain.pt')"
-        raise UserError(path, "damaged, or holds more than tensors, which needs a pickle", hint) from error
+        raise UserError(path, f"holds more than tensors ({', '.join(needs[:3])}), which needs a pickle", hint)
     found = _state_dict(content)
     if not found:
         raise UserError(path, "no state dict in it", f"looked at the top and under {', '.join(NESTED)}")
@@ -178,7 +181,7 @@ def _refuse_bomb(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             inside = sum(member.file_size for member in archive.infolist())
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # zipfile raises whatever a damaged directory makes it run into
         raise UserError(path, "a truncated or damaged PyTorch archive", "fetch it again") from error
     if inside > path.stat().st_size:
         raise UserError(path, f"unpacks to {inside} bytes from {path.stat().st_size}: not written by torch.save")
@@ -190,7 +193,11 @@ def _state_dict(content: object) -> dict[str, Tensor]:
         return {}
     nested = [content[key] for key in NESTED if isinstance(content.get(key), Mapping)]
     source = nested[0] if nested else content
-    return {str(name): value for name, value in source.items() if isinstance(value, Tensor)}
+    return {
+        str(name): value
+        for name, value in source.items()
+        if isinstance(value, Tensor) and value.layout == torch.strided
+    }
 
 
 def _own_name(name: str) -> str:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib.util
+import json
 import sys
 
 import cv2
@@ -11,10 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.assigners.wh_iou import WhIoU
 from models.cfg import parse_cfg, read_cfg
 from models.darknet import Darknet
 from models.darknet_weights import read_weights, write_weights
+from models.losses import Criterion
+from models.losses.yolo import YoloLoss
 from models.section import CfgError
+from utils.boxes import xywh_to_xyxy
+from utils.structures import Targets
 
 
 def resized(cfg, width: int, height: int):
@@ -152,21 +158,37 @@ def test_eval_equals_the_ancestor(case, tmp_path):
 
 @pytest.mark.golden_case("darknet_model/*.npz")
 def test_training_mode_equals_the_ancestor(case, tmp_path):
-    """With the ancestor's own pool put in: raw maps, and running statistics after the step."""
+    """With the ancestor's own pool put in: raw maps, losses, the gradient of every parameter, running statistics."""
     data, model = ancestor_network(case, tmp_path)
+    hyp, images = json.loads(str(data["meta"]))["hyp"], torch.from_numpy(data["x"])
     for index, spec in enumerate(model.graph.layers):
         if spec.section.type == "maxpool" and (spec.section.int("size"), spec.section.int("stride")) == (2, 1):
             model.layers[index] = ZeroPaddedPool()
-    outputs = model.train()(torch.from_numpy(data["x"]))
+    outputs = model.train()(images)
     for number, (head, raw) in enumerate(zip(model.heads, outputs)):
         values = raw.unflatten(1, (head.num_anchors, head.num_values)).permute(0, 1, 3, 4, 2)
         assert relative(values, data[f"train_p{number}"]) < 1e-4
-    statistics = [name for name in data.files if name.startswith("after/") and "running" in name]
-    assert statistics
-    own = model.state_dict()
-    for name in statistics:
-        ours = name.removeprefix("after/").replace("module_list", "layers").replace("BatchNorm2d", "norm")
-        assert relative(own[ours], data[name]) < 1e-4, name
+
+    height, width = images.shape[2:]
+    rows = torch.from_numpy(data["targets"])
+    boxes = xywh_to_xyxy(rows[:, 2:] * torch.tensor([width, height, width, height]))
+    targets = Targets.of(rows[:, 0].long(), rows[:, 1].long(), boxes)
+    gains = {"box": hyp["giou"], "obj": hyp["obj"], "cls": hyp["cls"] * 80 / model.num_classes}
+    criterion = Criterion(WhIoU(iou_t=hyp["iou_t"]), YoloLoss(num_classes=model.num_classes, gr=1.0, **gains))
+    terms = criterion(model.decode(outputs, (height, width)), targets)
+    total = sum(terms.values())
+    found = torch.stack([terms["box"], terms["obj"], terms["cls"], total]).detach()
+    torch.testing.assert_close(found, torch.from_numpy(data["loss_items"]), rtol=1e-4, atol=1e-5)
+    total.backward()
+    own = model.state_dict() | {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
+    names = {"grad/": "grad ", "after/": ""}
+    checked = 0
+    for prefix, ours in names.items():
+        for name in (name for name in data.files if name.startswith(prefix) and "num_batches" not in name):
+            own_name = name.replace(prefix, ours).replace("module_list", "layers").replace("BatchNorm2d", "norm")
+            assert relative(own[own_name.replace("Conv2d", "conv")], data[name]) < 1e-4, name
+            checked += 1
+    assert checked > 30
 
 
 def test_every_cfg_builds_and_its_layers_make_what_the_graph_says(data_dir):

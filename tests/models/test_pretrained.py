@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -219,6 +220,19 @@ def test_truncated_archives_are_refused(tmp_path, keep):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
     with pytest.raises(UserError, match="truncated or damaged"):
         load_pretrained(network(), path)
+
+
+def test_no_flipped_byte_ends_in_anything_but_an_answer(tmp_path):
+    path, rng = tmp_path / "a.pt", np.random.default_rng(0)
+    torch.save(network(seed=1).state_dict(), path)
+    data = path.read_bytes()
+    for _ in range(100):
+        flipped = bytearray(data)
+        for at in rng.integers(0, len(data), 3):
+            flipped[at] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        with suppress(UserError):
+            load_pretrained(network(), path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"a": torch.zeros(1)}, torch.zeros(3)])
