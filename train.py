@@ -107,7 +107,6 @@ def main() -> None:
 
 def train(args: argparse.Namespace, device) -> None:
     import torch
-    from utils.plots import save_evaluation_plots, save_labels_png, save_results_png
 
     from models.darknet_weights import write_weights
     from models.losses import TrainStep, build_criterion
@@ -118,6 +117,7 @@ def train(args: argparse.Namespace, device) -> None:
     from utils.fitness import Best, fitness
     from utils.gallery import Gallery
     from utils.logger import Logger
+    from utils.plots import save_evaluation_plots, save_labels_png, save_results_png
     from utils.run import WEIGHTS, select_precision, set_seed
     from utils.timing import Waiting
     from utils.trainer import Trainer
@@ -154,8 +154,7 @@ def train(args: argparse.Namespace, device) -> None:
     if resumed:
         trainer.restore(resumed.tensors, resumed.meta, resumed.path)
         best = Best(**resumed.meta["best"])
-    amp = None if precision.dtype == torch.float32 else precision.dtype
-    predictor = Predictor(trainer.ema.module, device=device, conf_thres=0.001, iou_thres=0.6, amp=amp)
+    predictor = Predictor(trainer.ema.module, device=device, conf_thres=0.001, iou_thres=0.6, amp=precision.autocast)
     with logger.guard("labels.png"):
         save_labels_png(data.train, data.names, run / "labels.png")
     logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *model.size, device=device))
@@ -173,7 +172,7 @@ def train(args: argparse.Namespace, device) -> None:
             losses = trainer.train_epoch(gallery.train(waiting) if epoch == 0 else waiting, bar.show)
         seconds = time.perf_counter() - start
         row = {"epoch": epoch, **{f"train/{name}": value for name, value in losses.items()}, "lr": trainer.lr}
-        details = {"wait": waiting.seconds / seconds, "images/s": len(data.train) / seconds}
+        details = {"wait": waiting.seconds / seconds, "images_per_second": len(data.train) / seconds}
         is_last, is_better = epoch == args.epochs - 1, False
         if distributed.is_main() and (is_last or not args.noval):
             evaluation = evaluate(predictor, val_loader, data.val, data.names, progress=logger.watched)

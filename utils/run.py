@@ -81,8 +81,13 @@ class Precision(NamedTuple):
     """How the network computes; weights stay float32."""
 
     name: str
-    dtype: torch.dtype  # of autocast; float32 is no autocast
+    dtype: torch.dtype
     scaler: bool  # float16 gradients need scaling
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What autocast computes in, None for no autocast."""
+        return None if self.dtype == torch.float32 else self.dtype
 
 
 PRECISIONS = {

@@ -79,12 +79,14 @@ class Trainer:
             self._move()
             if number % READ_EVERY == READ_EVERY - 1:
                 watch(group.stop, self._means(totals, group.stop))
+        means = self._means(totals, self.groups[-1].stop)
         self.epoch += 1
-        return self._means(totals, self.groups[-1].stop)
+        return means
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         batch = batch.to(self.device)
-        with torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype != torch.float32):
+        dtype = self.precision.autocast
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self.parallel(batch.images, batch.targets)
 
     def _maybe_quiet(self, is_last: bool):

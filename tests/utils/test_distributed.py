@@ -1,0 +1,52 @@
+"""Alone, everything is the identity; two processes agree. (Two processes that train: tests/test_train.py.)"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from utils import distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TWO = """
+import torch
+from utils import distributed as d
+device = torch.device("cpu")
+with d.process_group(device):
+    number = d.rank()
+    assert d.world_size() == 2 and d.is_main() == (number == 0)
+    own = torch.tensor([1.0 + 2 * number, 10.0], requires_grad=True)
+    mean = d.all_reduce_mean(own)
+    assert mean.tolist() == [2.0, 10.0] and not mean.requires_grad and own.tolist()[0] == 1.0 + 2 * number
+    assert d.broadcast(f"rün {number}", device) == "rün 0"
+    assert d.broadcast(number == 1, device) is False
+    with d.main_first():
+        pass
+assert d.world_size() == 1
+"""
+
+
+def test_alone():
+    tensor = torch.ones(3, requires_grad=True)
+    assert torch.equal(distributed.all_reduce_mean(tensor), tensor)
+    assert not distributed.all_reduce_mean(tensor).requires_grad
+    assert distributed.is_main() and distributed.world_size() == 1
+    assert distributed.broadcast("text", torch.device("cpu")) == "text"
+    with distributed.process_group(torch.device("cpu")), distributed.main_first():
+        distributed.barrier()
+
+
+def test_two_processes_agree():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", TWO], cwd=ROOT, env={**os.environ, **group, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
