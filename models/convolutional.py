@@ -109,7 +109,7 @@ def padding_of(section, size: int) -> int:
 
 def blur_of(section, stride: tuple[int, int]) -> nn.Module:
     kind = section.int("antialiasing", 0)
-    return Blur(min(kind, 2), stride) if kind else nn.Identity()
+    return Blur(2 if kind == 2 else 1, stride) if kind else nn.Identity()
 
 
 def convolution_keys(section) -> dict:
@@ -197,9 +197,9 @@ class SharedConvolutional(nn.Module):
         section = spec.section
         return cls(convolution_keys(section), section.str("activation", "logistic"), blur_of(section, strides(section)))
 
-    def share(self, source: Convolutional) -> None:
-        """Take the arrays of ``source`` from now on."""
-        self._source = (source,)
+    def share(self, source: "Convolutional | SharedConvolutional") -> None:
+        """Take the arrays of ``source`` from now on, or of the layer that it takes its own from."""
+        self._source = source._source if isinstance(source, SharedConvolutional) else (source,)
 
     def forward(self, x: Tensor) -> Tensor:
         (source,) = self._source

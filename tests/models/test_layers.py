@@ -245,6 +245,13 @@ def test_shared_convolution_counts_once_and_learns_from_both(image):
     assert not torch.allclose(both, network_copy_gives_less)
 
 
+def test_sharing_goes_back_to_the_owner(image):
+    body = "[convolutional]\nfilters=8\n"
+    model = network(body + (body + "share_index=-1\n") * 2, 8)
+    assert model.layers[2]._source == (model.layers[0],)
+    assert model.layer_outputs(image)[2].isfinite().all()
+
+
 def test_connected_reads_the_flat_vector(image):
     model = network("[connected]\noutput=5\nactivation=linear\nbatch_normalize=1\n", 8)
     layer = model.layers[0]
