@@ -8,10 +8,8 @@ torchrun --nproc_per_node 2 train.py --cfg yolov3.cfg        # two GPUs, or two 
 """
 
 import argparse
-import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,18 +105,21 @@ def main() -> None:
 
 def train(args: argparse.Namespace, device) -> None:
     import torch
+    from torch import nn
 
     from models.darknet_weights import write_weights
     from models.losses import TrainStep, build_criterion
     from models.predictor import Predictor
     from utils import distributed
     from utils.checkpoint import load_module, read_checkpoint, weights_of, write_checkpoint
+    from utils.datasets.splits import build_loaders, read_splits
     from utils.evaluate import evaluate
+    from utils.files import write_text
     from utils.fitness import Best, fitness
     from utils.gallery import Gallery
     from utils.logger import Logger
     from utils.plots import save_evaluation_plots, save_labels_png, save_results_png
-    from utils.run import WEIGHTS, select_precision, set_seed
+    from utils.run import WEIGHTS, select_precision, set_seed, shared_new_run
     from utils.timing import Waiting
     from utils.trainer import Trainer
 
@@ -127,22 +128,43 @@ def train(args: argparse.Namespace, device) -> None:
     set_seed(args.seed)
     precision = select_precision(args.precision, device)
     with distributed.main_first():
-        data = open_data(args)
-    model = build_network(args, cfg, data, resumed).to(device)
-    criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp).to(device)
-    train_loader, val_loader = build_loaders(args, model, recipe, data, device)
+        data = read_splits(args.data, single_cls=args.single_cls)
+    model, size, cfg = build_network(args, cfg, data.names, resumed)
+    criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp)
+    train_loader, val_loader = build_loaders(
+        data,
+        recipe.augment,
+        batch_size=args.batch_size,
+        size=size,
+        stride=model.stride,
+        channels=model.channels,
+        stretch=not cfg.net.flag("letter_box"),
+        rect=args.rect,
+        balance=args.image_weights,
+        cache=args.cache,
+        seed=args.seed,
+        epochs=args.epochs,
+        workers=args.workers,
+        pin_memory=device.type == "cuda",
+    )
 
-    # ---- where: the run's own folder --------------------------------------------------------------------------------
-    run = open_run(args, model, recipe, resumed, device)
+    # ---- where: the run's own folder, with everything beside the results that is needed to do it again --------------
+    run = resumed.path.parents[1] if resumed else shared_new_run(args.project, args.name, args.exist_ok, device)
     logger = Logger(run if distributed.is_main() else None, start_epoch=resumed.meta["epoch"] if resumed else 0)
+    if distributed.is_main():
+        for name, text in settings(args, recipe, cfg).items():
+            write_text(run / name, text)
     gallery = Gallery(run, data.names, logger)
-    logger.say(f"{model.cfg.path}: {describe(model)}, {criterion_name(recipe)}, {precision.name} on {device}\n{run}")
+    logger.say(f"{recipe.assigner['name']} + {recipe.loss['name']}, {precision.name} on {device}, {run}")
 
     # ---- how: optimiser, average, schedule ---------------------------------------------------------------------------
+    step = TrainStep(model, criterion).to(device)
     if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+        step.to(memory_format=torch.channels_last)
+    if args.sync_bn:
+        step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
     trainer = Trainer(
-        TrainStep(model, criterion),
+        step,
         optim=recipe.optim,
         device=device,
         precision=precision,
@@ -157,10 +179,10 @@ def train(args: argparse.Namespace, device) -> None:
     predictor = Predictor(trainer.ema.module, device=device, conf_thres=0.001, iou_thres=0.6, amp=precision.autocast)
     with logger.guard("labels.png"):
         save_labels_png(data.train, data.names, run / "labels.png")
-    logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *model.size, device=device))
+    logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
 
     def save(name: str) -> None:
-        meta = {"cfg": model.cfg.text, "names": data.names, "recipe": recipe.as_dict(), "args": vars(args)}
+        meta = {"cfg": cfg.text, "names": data.names, "recipe": recipe.as_dict(), "args": vars(args)}
         meta |= {"best": best.as_dict(), **trainer.counters()}
         write_checkpoint(run / WEIGHTS / f"{name}.safetensors", trainer.tensors(), meta)
 
@@ -205,7 +227,7 @@ def train(args: argparse.Namespace, device) -> None:
         with logger.guard(what):
             draw()
     logger.close()
-    logger.say(f"\n{evaluation.table(verbose=True)}\n\n{where_things_are(run, final, best)}")
+    logger.say(f"\n{evaluation.table(verbose=True)}\n{where_things_are(run, final, best)}")
 
 
 # ---- the chapters ----------------------------------------------------------------------------------------------------
@@ -219,14 +241,6 @@ class Resumed(NamedTuple):
     path: Path
     tensors: dict
     meta: dict
-
-
-class Data(NamedTuple):
-    """Both splits of the data set."""
-
-    names: list[str]
-    train: list
-    val: list
 
 
 def begin(args: argparse.Namespace):
@@ -254,136 +268,56 @@ def begin(args: argparse.Namespace):
     return args, parse_cfg(meta["cfg"], f"{path}[cfg]"), make_recipe(meta["recipe"], path), Resumed(path, tensors, meta)
 
 
-def open_data(args: argparse.Namespace) -> Data:
-    """Both splits; says what is wrong with them."""
-    import numpy as np
+def build_network(args: argparse.Namespace, cfg, names: list[str], resumed: Resumed | None):
+    """(model, (H, W), cfg): with the data's classes, started from --weights, some layers frozen.
 
-    from utils.datasets.records import read_dataset
-    from utils.distributed import is_main
-
-    splits = [read_dataset(args.data, split) for split in ("train", "val")]
-    if is_main():
-        print("\n".join(split.summary() for split in splits))
-    names, records = list(splits[0].names), [split.records for split in splits]
-    if args.single_cls:
-        names = ["object"]
-        records = [[replace(one, labels=np.zeros_like(one.labels)) for one in split] for split in records]
-    return Data(names, *records)
-
-
-def build_network(args: argparse.Namespace, cfg, data: Data, resumed: Resumed | None):
-    """The cfg with the data's classes and the size asked for, started from --weights, some layers frozen."""
+    The cfg is what a checkpoint keeps: it also says the size asked for, and that pictures are letterboxed.
+    """
     from models.cfg import adapt_classes
     from models.darknet import Darknet
-    from models.loading import find_file
+    from models.loading import find_file, input_size
     from models.pretrained import load_pretrained
     from models.section import listing
     from utils.distributed import is_main
 
     say = print if is_main() else lambda text: None
-    cfg, changes = adapt_classes(cfg, len(data.names))
+    cfg, changes = adapt_classes(cfg, len(names))
     if changes:
-        say(f"{len(data.names)} classes in the data; the network follows:\n  " + "\n  ".join(changes))
-    if args.img_size and not resumed:
-        height, width = args.img_size if len(args.img_size) == 2 else args.img_size * 2
-        cfg = cfg.with_options([(cfg.net, "width", width), (cfg.net, "height", height)])
+        say(f"{len(names)} classes in the data; the network follows:\n  " + "\n  ".join(changes))
     model = Darknet(cfg)
     if noticed := (*cfg.warnings, *model.graph.problems):
         say(listing(noticed))
-    if any(side <= 0 or side % model.stride for side in model.size):
-        near = [max(1, round(side / model.stride)) * model.stride for side in model.size]
-        raise UserError(
-            "--img-size", f"{model.size} are not multiples of {model.stride}", f"--img-size {near[0]} {near[1]}"
-        )
+    height, width = input_size(args.img_size or None, model)
+    kept = [("width", width), ("height", height)] + [("letter_box", 1)] * ("letter_box" not in cfg.net)
     if args.weights and not resumed:
         say(load_pretrained(model, find_file(args.weights, "weights file")).summary())
     for number in range(args.freeze[0]) if len(args.freeze) == 1 else args.freeze:
         if not 0 <= number < len(model.layers):
             raise UserError(f"--freeze {number}", f"no such layer, the network has {len(model.layers)}")
         model.layers[number].requires_grad_(False)
-    return model
+    params, flops = (sum(getattr(layer, name) for layer in model.graph.layers) for name in ("params", "flops"))
+    say(f"{cfg.path}: {len(model.layers)} layers, {params / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP")
+    return model, (height, width), cfg.with_options([(cfg.net, key, value) for key, value in kept])
 
 
-def build_loaders(args: argparse.Namespace, model, recipe, data: Data, device):
-    """Loaders of augmented training batches and of plain rectangular validation batches."""
-    from utils.datasets.cache import build_cache
-    from utils.datasets.dataset import DetectionDataset
-    from utils.datasets.loader import EvalSampler, TrainSampler, balance_weights, build_loader
-    from utils.distributed import main_first, rank, world_size
-
-    share, rest = divmod(args.batch_size, world_size())
-    if share < 1 or rest:
-        raise UserError(f"--batch-size {args.batch_size}", f"not a multiple of {world_size()} processes")
-    caches = [None, None]
-    if args.cache:
-        with main_first():
-            caches = [
-                build_cache(args.cache, split, max_side=max(model.size), channels=model.channels) for split in data[1:]
-            ]
-    training = DetectionDataset(
-        data.train, channels=model.channels, augment=recipe.augment, seed=args.seed, cache=caches[0], epochs=args.epochs
-    )
-    validation = DetectionDataset(data.val, channels=model.channels, cache=caches[1])
-    sampler = TrainSampler(
-        len(training),
-        share,
-        size=model.size,
-        seed=args.seed,
-        multi_scale=recipe.augment.multi_scale,
-        weights=balance_weights(data.train, len(data.names)) if args.image_weights else None,
-        image_sizes=training.sizes if args.rect else None,
-        rank=rank(),
-        world=world_size(),
-        stride=model.stride,
-    )
-    workers = args.workers if args.workers is not None else min(8, (os.cpu_count() or 1) // world_size())
-    options = {"workers": workers, "pin_memory": device.type == "cuda"}
-    eval_sampler = EvalSampler(validation.sizes, share, model.size, stride=model.stride)
-    return build_loader(training, sampler, **options), build_loader(validation, eval_sampler, **options)
-
-
-def open_run(args: argparse.Namespace, model, recipe, resumed: Resumed | None, device) -> Path:
-    """The run's folder, with args, recipe and cfg beside what comes."""
+def settings(args: argparse.Namespace, recipe, cfg) -> dict[str, str]:
+    """What lies beside the results, file by file: enough to do it again."""
     import yaml
 
-    from utils import distributed
-    from utils.files import write_text
-    from utils.run import WEIGHTS, new_run
-
-    run = None
-    if distributed.is_main():
-        run = resumed.path.parents[1] if resumed else new_run(args.project, args.name, args.exist_ok)
-        (run / WEIGHTS).mkdir(exist_ok=True)
-        write_text(run / "args.yaml", yaml.safe_dump(vars(args), sort_keys=False))
-        write_text(run / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-        write_text(run / "network.cfg", model.cfg.text)
-    return Path(distributed.broadcast(str(run), device))
-
-
-def describe(model) -> str:
-    """How large the network is."""
-    params, flops = (sum(getattr(layer, name) for layer in model.graph.layers) for name in ("params", "flops"))
-    height, width = model.size
-    return f"{len(model.layers)} layers, {params / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP at {width}x{height}"
-
-
-def criterion_name(recipe) -> str:
-    return f"{recipe.assigner['name']} + {recipe.loss['name']}"
+    texts = {"args.yaml": vars(args), "recipe.yaml": recipe.as_dict()}
+    return {name: yaml.safe_dump(values, sort_keys=False) for name, values in texts.items()} | {"network.cfg": cfg.text}
 
 
 def where_things_are(run: Path, final: Path, best) -> str:
     """The end of the story: what lies where."""
-    return "\n".join(
-        [
-            f"best epoch {best.epoch}, fitness {best.fitness:.4f} = 0.1 mAP50 + 0.9 mAP50-95",
-            f"checkpoint   {final}",
-            f"for Darknet  {final.with_suffix('.weights')} with {run / 'network.cfg'}",
-            f"pictures     {run}/train_batch*.jpg, {run}/val_batch*_labels.jpg, {run}/val_batch*_pred.jpg",
-            f"plots        {run}/*.png",
-            f"numbers      {run / 'results.csv'}, {run / 'log.jsonl'}",
-            f"TensorBoard  tensorboard --logdir {run / 'tensorboard'}",
-        ]
-    )
+    return f"""
+best epoch   {best.epoch}, fitness {best.fitness:.4f} = 0.1 mAP50 + 0.9 mAP50-95
+checkpoint   {final}
+for Darknet  {final.with_suffix(".weights")} with {run / "network.cfg"}
+pictures     {run}/train_batch*.jpg, {run}/val_batch*_labels.jpg, {run}/val_batch*_pred.jpg
+plots        {run}/*.png
+numbers      {run / "results.csv"}, {run / "log.jsonl"}
+TensorBoard  tensorboard --logdir {run / "tensorboard"}"""
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_start_from_weights_with_one_class_and_frozen_layers(place, finished, mo
 def test_other_sizes_reach_the_checkpoint(place, monkeypatch):
     folder = run(monkeypatch, place, "--img-size", "64", "96", "--epochs", "1", name="wide")
     cfg = read_checkpoint(folder / "weights" / "last.safetensors")[1]["cfg"]
-    assert "width=96" in cfg and "height=64" in cfg
+    assert "width=96" in cfg and "height=64" in cfg and "letter_box=1" in cfg
 
 
 def test_two_processes_equal_one(place, monkeypatch):
@@ -146,7 +146,7 @@ def test_two_processes_equal_one(place, monkeypatch):
         (["--set", "learning_rate=1"], "unknown hyper-parameter"),
         (["--set", "loss.gian=1"], "unknown key 'gian'"),
         (["--set", "assigner=simotta"], "unknown assigner 'simotta'"),
-        (["--img-size", "65"], "not multiples of 16 (--img-size 64 64)"),
+        (["--img-size", "65"], "65x65 is no multiple of the network's stride 16"),
         (["--freeze", "0", "99"], "no such layer"),
         (["--device", "99"], "no such GPU"),
         (["--precision", "fp16"], "needs a CUDA device"),

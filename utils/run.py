@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from utils.checkpoint import SUFFIX, latest_valid
-from utils.distributed import local_rank
+from utils.distributed import broadcast, is_main, local_rank
 from utils.errors import ResourceError, UserError
 
 WEIGHTS = "weights"  # folder of a run's checkpoints
@@ -38,6 +38,15 @@ def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
                 number += 1
     except OSError as error:
         raise ResourceError(project / name, f"cannot make the run folder: {error.strerror}", "see --project") from error
+
+
+def shared_new_run(project: str | Path, name: str, exist_ok: bool, device: torch.device) -> Path:
+    """One new run for all processes, with its folder of checkpoints; the first process makes it."""
+    folder = ""
+    if is_main():
+        folder = new_run(project, name, exist_ok)
+        (folder / WEIGHTS).mkdir(exist_ok=True)
+    return Path(broadcast(str(folder), device))
 
 
 def find_run(project: str | Path, text: str) -> tuple[Path, list[UserError]]:
