@@ -127,6 +127,8 @@ def train(args: argparse.Namespace, device) -> None:
     args, cfg, recipe, resumed = begin(args)
     set_seed(args.seed)
     precision = select_precision(args.precision, device)
+    if args.sync_bn and device.type != "cuda":
+        raise UserError("--sync-bn", "batch norms are synchronised on GPUs only", "leave it out")
     with distributed.main_first():
         data = read_splits(args.data, single_cls=args.single_cls)
     model, size, cfg = build_network(args, cfg, data.names, resumed)

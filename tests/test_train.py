@@ -149,6 +149,7 @@ def test_two_processes_equal_one(place, monkeypatch):
         (["--img-size", "65"], "65x65 is no multiple of the network's stride 16"),
         (["--freeze", "0", "99"], "no such layer"),
         (["--device", "99"], "no such GPU"),
+        (["--sync-bn"], "on GPUs only"),
         (["--precision", "fp16"], "needs a CUDA device"),
         (["--resume", "nonesuch"], "no readable checkpoint"),
         (["--resume", "--set", "lr0=1"], "keeps its recipe"),
