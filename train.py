@@ -179,9 +179,10 @@ def train(args: argparse.Namespace, device) -> None:
         trainer.restore(resumed.tensors, resumed.meta, resumed.path)
         best = Best(**resumed.meta["best"])
     predictor = Predictor(trainer.ema.module, device=device, conf_thres=0.001, iou_thres=0.6, amp=precision.autocast)
-    with logger.guard("labels.png"):
-        save_labels_png(data.train, data.names, run / "labels.png")
-    logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
+    if distributed.is_main():
+        with logger.guard("labels.png"):
+            save_labels_png(data.train, data.names, run / "labels.png")
+        logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
 
     def save(name: str) -> None:
         meta = {"cfg": cfg.text, "names": data.names, "recipe": recipe.as_dict(), "args": vars(args)}
@@ -193,25 +194,28 @@ def train(args: argparse.Namespace, device) -> None:
         start, waiting = time.perf_counter(), Waiting(train_loader)
         train_loader.batch_sampler.set_epoch(epoch)
         with logger.bar(f"epoch {epoch + 1}/{args.epochs}", len(train_loader)) as bar:
-            losses = trainer.train_epoch(gallery.train(waiting) if epoch == 0 else waiting, bar.show)
+            losses = trainer.train_epoch(
+                gallery.train(waiting) if epoch == 0 and distributed.is_main() else waiting, bar.show
+            )
         seconds = time.perf_counter() - start
         row = {"epoch": epoch, **{f"train/{name}": value for name, value in losses.items()}, "lr": trainer.lr}
         details = {"wait": waiting.seconds / seconds, "images_per_second": len(data.train) / seconds}
-        is_last, is_better = epoch == args.epochs - 1, False
+        is_last, is_better, is_stale = epoch == args.epochs - 1, False, False
         if distributed.is_main() and (is_last or not args.noval):
             evaluation = evaluate(predictor, val_loader, data.val, data.names, progress=logger.watched)
             scalars = evaluation.scalars()
             row |= {name: scalars[name] for name in MAIN_METRICS}
             details |= {name: value for name, value in scalars.items() if name not in row}
             is_better = best.update(fitness(scalars), epoch)
+            is_stale = best.is_stale(epoch, args.patience)
         logger.epoch(row | {"seconds": time.perf_counter() - start}, details)
-        if distributed.is_main() and (is_last or not args.nosave):
+        if distributed.is_main() and (is_last or is_stale or not args.nosave):
             save("last")
             if is_better:
                 save("best")
             if args.save_period and (epoch + 1) % args.save_period == 0:
                 save(f"epoch{epoch}")
-        if distributed.broadcast(best.is_stale(epoch, args.patience) and not args.noval, device):
+        if distributed.broadcast(is_stale, device):
             logger.say(f"no better epoch than {best.epoch} for {args.patience} epochs: stopped early")
             break
 

@@ -90,10 +90,16 @@ def test_a_finished_run_is_not_repeated(place, finished, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--nosave", "--noval"], ["--patience", "1"], ["--rect", "--image-weights", "--cache"]]
+    "flags",
+    [
+        ["--nosave", "--noval"],
+        ["--nosave", "--patience", "1"],
+        ["--patience", "1"],
+        ["--rect", "--image-weights", "--cache"],
+    ],
 )
 def test_flags(place, monkeypatch, flags):
-    folder = run(monkeypatch, place, "--epochs", "2", *flags, name=flags[0].strip("-"))
+    folder = run(monkeypatch, place, "--epochs", "3", *flags, name="".join(flags).replace("-", "")[:20])
     assert (folder / "weights" / "last.safetensors").exists()
 
 
@@ -152,6 +158,7 @@ def test_two_processes_equal_one(place, monkeypatch):
         (["--sync-bn"], "on GPUs only"),
         (["--precision", "fp16"], "needs a CUDA device"),
         (["--resume", "nonesuch"], "no readable checkpoint"),
+        (["--resume", __file__], "not in the weights folder of a run"),
         (["--resume", "--set", "lr0=1"], "keeps its recipe"),
     ],
 )

@@ -56,7 +56,9 @@ def find_run(project: str | Path, text: str) -> tuple[Path, list[UserError]]:
         The newest checkpoint that reads well, and what was wrong with newer ones.
     """
     if Path(text).is_file():
-        return Path(text), []
+        if Path(text).resolve().parent.name != WEIGHTS:
+            raise UserError(text, f"not in the {WEIGHTS} folder of a run", "--weights FILE starts a new run from it")
+        return Path(text).resolve(), []
     folders = [Path(text)] if text else [file.parents[1] for file in Path(project).glob(f"*/{WEIGHTS}/last{SUFFIX}")]
     if not folders:
         raise UserError("--resume", f"no run with a checkpoint under {project}", "--resume RUN names one")
