@@ -56,7 +56,11 @@ RANK_RULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class RankedResult:
-    """Average precision at one threshold, and the counts at one confidence that Darknet prints beside it."""
+    """Average precision at one threshold, and the counts at one confidence that Darknet prints beside it.
+
+    Deviation: in Darknet's counts a truth is claimed in the order in which its suppression happens to leave the boxes,
+    be they below the confidence or not; here by the best score. So ours finds more of them (coco-mini: 457 for 403).
+    """
 
     ap: np.ndarray  # float64 [C], nan for classes without truth
     mean: float
