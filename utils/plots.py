@@ -12,6 +12,7 @@ from utils.metrics import Evaluation
 from utils.results import write_image
 from utils.structures import Record
 
+PLOTTED = ("train/", "val/", "metrics/", "lr")  # columns of results.csv; the others are book-keeping
 FEW = 12  # up to this many classes are named in a legend; beyond, single classes are thin grey lines
 PALE_LINE = (206, 212, 221)
 MOST_CLASSES = 100  # of a confusion matrix; beyond, no name would be legible
@@ -19,7 +20,7 @@ MANY_LINES = ((29, 118, 210), (226, 88, 34), (46, 160, 67), (142, 68, 173), (200
 
 
 def save_results_png(csv_path: Path, path: Path) -> None:
-    """Every column of a run's ``results.csv`` over the epochs; training and validation share a panel."""
+    """Losses, metrics and learning rates of a run's ``results.csv``; training and validation share a panel."""
     with Path(csv_path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -28,7 +29,7 @@ def save_results_png(csv_path: Path, path: Path) -> None:
     panels: dict[str, list[tuple[str, np.ndarray]]] = {}
     for column in rows[0]:
         values = np.array([_float(row[column]) for row in rows])
-        if column != "epoch" and np.isfinite(values).any():
+        if column.startswith(PLOTTED) and np.isfinite(values).any():
             panel, name = _panel(column)
             panels.setdefault(panel, []).append((name, values))
     images = []
@@ -38,7 +39,7 @@ def save_results_png(csv_path: Path, path: Path) -> None:
         )
         for number, (name, values) in enumerate(series):
             colour = MANY_LINES[number % len(MANY_LINES)]
-            chart.line(epochs, values, colour, name=name)
+            chart.line(epochs, values, colour, name=name if len(series) > 1 else "")
             if len(epochs) <= 40:
                 chart.dots(epochs, values, colour, thickness=5)
         images.append(chart.render())
