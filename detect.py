@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     """One walk: frames -> letterbox -> network -> original pixels -> files."""
     from tqdm import tqdm
 
-    from models.loading import input_size, load_network
+    from models.loading import input_size, load_network, stretches
     from models.predictor import Predictor
     from utils.datasets.records import read_names
     from utils.datasets.sources import open_source
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     device = select_device(args.device)
     loaded = load_network(args.weights, cfg=args.cfg, names=read_names(args.names) if args.names else None)
     size = input_size(args.img_size, loaded.model)
-    stretch = (args.resize or loaded.model.resize) == "stretch"
+    stretch = stretches(args.resize, loaded.model)
     predict = Predictor(
         loaded.model,
         device=device,

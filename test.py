@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     """One walk: data -> network -> detections in original pixels -> numbers, pictures, files."""
     from utils.plots import save_evaluation_plots
 
-    from models.loading import input_size, load_network
+    from models.loading import input_size, load_network, stretches
     from models.predictor import Predictor
     from utils.datasets.dataset import DetectionDataset
     from utils.datasets.loader import EvalSampler, build_loader
@@ -88,8 +88,7 @@ def main(args: argparse.Namespace) -> int:
         agnostic=args.agnostic_nms,
         amp=select_precision(args.precision, device).autocast,
     )
-    resize = args.resize or model.resize
-    dataset = DetectionDataset(data.records, channels=model.channels, stretch=resize == "stretch")
+    dataset = DetectionDataset(data.records, channels=model.channels, stretch=stretches(args.resize, model))
     sampler = EvalSampler(dataset.sizes, args.batch_size, size, rect=args.rect, stride=model.stride)
     loader = build_loader(dataset, sampler, workers=args.workers, pin_memory=device.type == "cuda")
 

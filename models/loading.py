@@ -51,16 +51,20 @@ def load_network(weights: str, *, cfg: str | None = None, names: list[str] | Non
     Args:
         weights: one of our checkpoints (knows its cfg and names), or ``.weights`` / ``.pt`` together with ``cfg``.
         cfg: the network; overrides the checkpoint's.
-        names: class names; override the checkpoint's. Without any, classes are called by number.
+        names: class names of the data or of a ``.names`` file; a checkpoint's must be the same, in the same order.
+            Without any, classes are called by number.
 
     Raises:
-        UserError: a file is missing or unreadable, cfg and weights do not belong together, or names and classes differ in number.
+        UserError: a file is missing or unreadable, cfg and weights do not belong together, or the names are others.
     """
     path = find_file(weights, "weights file")
     if file_kind(path) == CHECKPOINT:
         tensors, meta = read_checkpoint(path)
         network = read_cfg(find_file(cfg, "cfg")) if cfg else parse_cfg(meta["cfg"], f"{path}[cfg]")
-        names = names or meta["names"]
+        if names and list(names) != meta["names"]:
+            found = f"was trained on the classes {', '.join(meta['names'])}; asked for are {', '.join(names)}"
+            raise UserError(path, found, "names must agree in number, spelling and order")
+        names = meta["names"]
         model = Darknet(network)
         load_module(model, without_prefix("ema", tensors) or without_prefix("model", tensors), path)
     elif cfg is None:
@@ -76,11 +80,8 @@ def load_network(weights: str, *, cfg: str | None = None, names: list[str] | Non
                 raise UserError(path, f"does not fill {network.path}", report.summary())
     names = names or [str(number) for number in range(model.num_classes)]
     if len(names) != model.num_classes:
-        raise UserError(
-            path,
-            f"the network has {model.num_classes} classes, but {len(names)} names were given",
-            "pass the names it was trained on",
-        )
+        found = f"the network has {model.num_classes} classes, but {len(names)} names were given"
+        raise UserError(path, found, "pass the names it was trained on")
     return Loaded(model=model.eval(), names=list(names), meta=meta)
 
 
@@ -99,3 +100,8 @@ def input_size(wanted: list[int] | None, model) -> tuple[int, int]:
             f"try {-(-height // model.stride) * model.stride}",
         )
     return height, width
+
+
+def stretches(wanted: str | None, model: Darknet) -> bool:
+    """Whether pictures fill the input without keeping their aspect: as asked for, else by ``letter_box`` of the cfg."""
+    return wanted == "stretch" if wanted else not model.cfg.net.flag("letter_box")

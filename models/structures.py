@@ -48,7 +48,9 @@ class Priors:
             for grid in part.grids:
                 grids.append(grid._replace(start=start))
                 start += grid.count
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("center", "size", "stride", "anchor")}
+        joined = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in ("center", "size", "stride", "anchor")
+        }
         level = torch.cat([torch.full_like(part.level, number) for number, part in enumerate(parts)])
         return cls(level=level, grids=tuple(grids), **joined)
 
@@ -80,7 +82,10 @@ class Predictions:
         quality = None
         if any(part.quality is not None for part in parts):
             quality = torch.cat([torch.ones_like(p.obj) if p.quality is None else p.quality for p in parts], dim=1)
-        joined = {name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("boxes", "deltas", "obj", "cls")}
+        joined = {
+            name: torch.cat([getattr(part, name) for part in parts], dim=1)
+            for name in ("boxes", "deltas", "obj", "cls")
+        }
         return cls(priors=Priors.cat([part.priors for part in parts]), quality=quality, **joined)
 
 
@@ -103,5 +108,9 @@ class Assignment:
         """The same without rows of weight 0 (a device sync: for tests, pictures and reports)."""
         rows = (self.weight > 0).nonzero().squeeze(1)
         return Assignment(
-            image=self.image[rows], prior=self.prior[rows], target=self.target[rows], weight=self.weight[rows], ignore=self.ignore
+            image=self.image[rows],
+            prior=self.prior[rows],
+            target=self.target[rows],
+            weight=self.weight[rows],
+            ignore=self.ignore,
         )
