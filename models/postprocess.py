@@ -30,8 +30,7 @@ def iou_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
 def diou_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
     """IoU - (d / c)^beta [K] of row with row: d squared distance of the centers, c squared diagonal of the hull.
 
-    Zheng et al. 2020, with Darknet's exponent. Darknet measures in widths and heights of the picture; here it is pixels
-    of the network's input: the same unless that is not square, or the picture is letterboxed.
+    Zheng et al. 2020, with Darknet's exponent.
     """
     low = torch.minimum(boxes[:, :2], others[:, :2])
     high = torch.maximum(boxes[:, 2:], others[:, 2:])
@@ -60,6 +59,7 @@ def postprocess(
     multi_label: bool = True,
     kind: str = "default",
     beta_nms: float = 0.6,
+    size: tuple[int, int] = (1, 1),
 ) -> list[Detections]:
     """What is in each picture: a list of B Detections, boxes in pixels of the network's input, best first, not clipped.
 
@@ -71,6 +71,9 @@ def postprocess(
         agnostic: boxes of different classes suppress each other, too.
         multi_label: a slot may be reported under several classes (Darknet); otherwise only under its best one.
         kind, beta_nms: how overlap is measured, a key of ``NMS_KINDS``, and its exponent.
+        size: (H, W) of the input. Distances are measured in its heights and widths, as in Darknet, which takes those of
+            the picture: the same for stretched pictures; for letterboxed ones that are not square it can decide
+            otherwise on a box near the threshold.
 
     A slot whose box or score is not finite is never kept. Errors: UserError for a class that the network does not have.
     """
@@ -82,7 +85,7 @@ def postprocess(
     wanted = torch.zeros(num_classes, device=preds.cls.device)
     wanted[list(range(num_classes) if classes is None else classes)] = 1
     num_groups = 1 if agnostic else num_classes  # candidates of one group are rivals
-    measure = NMS_KINDS[kind]
+    measure, aspect = NMS_KINDS[kind], size[1] / size[0]
 
     detections = []
     objectness = preds.obj.sigmoid()
@@ -94,8 +97,9 @@ def postprocess(
             scores = _best_class_only(scores)
         scores = (scores * wanted).flatten()
         boxes = boxes[slots]
+        measured = torch.stack([boxes[:, 0::2], boxes[:, 1::2] * aspect], dim=2).flatten(1)
 
-        def conflicts(rows: Tensor, start: int, boxes=boxes) -> tuple[Tensor, Tensor]:
+        def conflicts(rows: Tensor, start: int, boxes=measured) -> tuple[Tensor, Tensor]:
             """Positions in ``rows`` (best first) of all pairs (worse, better) that overlap too much, worse >= start."""
             groups, slots = rows % num_groups, rows // num_classes
             rivals = (groups[start:, None] == groups).tril(start - 1)

@@ -69,4 +69,5 @@ class Predictor:
         with self.timer("inference"), torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             outputs = self.model(images)
         with self.timer("nms"):
-            return postprocess(self.model.decode(outputs, tuple(images.shape[2:])), **self.options)
+            size = tuple(images.shape[2:])
+            return postprocess(self.model.decode(outputs, size), size=size, **self.options)

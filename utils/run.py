@@ -97,11 +97,6 @@ class Precision(NamedTuple):
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The dtype to autocast to; None: no autocast."""
-        return None if self.dtype == torch.float32 else self.dtype
-
-    @property
-    def autocast(self) -> torch.dtype | None:
         """What autocast computes in, None for no autocast."""
         return None if self.dtype == torch.float32 else self.dtype
 

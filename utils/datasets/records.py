@@ -6,7 +6,7 @@ downloaded or executed.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,16 @@ import numpy as np
 from utils.datasets.formats.coco import read_coco
 from utils.datasets.formats.description import describe, read_names
 from utils.datasets.formats.pictures import Source
-from utils.datasets.formats.rows import KEPT, POLICIES, QUARANTINED, Problem, Problems
+from utils.datasets.formats.rows import KEPT, POLICIES, QUARANTINED, Annotated, Problem, Problems
 from utils.datasets.formats.voc import read_voc
 from utils.datasets.formats.yolo import read_yolo
 from utils.errors import QuarantineError, UserError, nearest
 from utils.structures import Record
 
-Reader = Callable[[Source, Problems], tuple[tuple[str, ...], list[Record], int]]
+Reader = Callable[[Source, Problems], Annotated]
 FORMATS: dict[str, Reader] = {"yolo": read_yolo, "darknet": read_yolo, "coco": read_coco, "voc": read_voc}
 __all__ = ["FORMATS", "DataSet", "Problem", "read_dataset", "read_names"]
+SINGLE_CLASS = ("object",)  # what is left of the names when all classes are made one
 SHOWN_PROBLEMS = 3  # of each kind, in the summary
 
 
@@ -36,11 +37,17 @@ class DataSet:
     source: str
     split: str
     num_unlabelled: int  # pictures without any annotation file: backgrounds, but perhaps forgotten ones
+    category_ids: tuple[int, ...]  # of every label, for COCO files: the data set's own, else label + 1
 
     @property
     def num_boxes(self) -> int:
         """Annotated boxes, ignore regions included."""
         return sum(len(record.labels) for record in self.records)
+
+    def as_single_class(self) -> "DataSet":
+        """The same boxes, all of them of one class."""
+        records = [replace(record, labels=np.zeros_like(record.labels)) for record in self.records]
+        return replace(self, names=SINGLE_CLASS, records=records, category_ids=(1,))
 
     def summary(self) -> str:
         """Aligned text: pictures, backgrounds, boxes per class, problems by kind with their first places."""
@@ -82,7 +89,7 @@ def read_dataset(path: str | Path, split: str = "train", *, policy: str = "clip"
         raise UserError(f"policy '{policy}'", "no such policy", nearest(policy, POLICIES))
     problems = Problems(policy)
     source = describe(Path(path).expanduser(), split, problems)
-    names, records, num_unlabelled = FORMATS[source.format](source, problems)
+    names, records, num_unlabelled, category_ids = FORMATS[source.format](source, problems)
     if not records:
         count = sum(problem.action == QUARANTINED for problem in problems.entries)
         first = next((str(problem) for problem in problems.entries if problem.action == QUARANTINED), "")
@@ -97,4 +104,5 @@ def read_dataset(path: str | Path, split: str = "train", *, policy: str = "clip"
         source=str(path),
         split=split,
         num_unlabelled=num_unlabelled,
+        category_ids=category_ids or tuple(range(1, len(names) + 1)),
     )

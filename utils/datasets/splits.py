@@ -1,11 +1,9 @@
 """What training and validation look at: both splits of a data set, and their loaders."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from torch.utils.data import DataLoader
 
 from utils.datasets.augment import Augment
@@ -35,11 +33,9 @@ def read_splits(path: str | Path, *, single_cls: bool = False) -> Splits:
     splits = [read_dataset(path, split) for split in ("train", "val")]
     if is_main():
         print("\n".join(split.summary() for split in splits))
-    names, records = list(splits[0].names), [split.records for split in splits]
     if single_cls:
-        names = ["object"]
-        records = [[replace(record, labels=np.zeros_like(record.labels)) for record in split] for split in records]
-    return Splits(names, *records)
+        splits = [split.as_single_class() for split in splits]
+    return Splits(list(splits[0].names), *(split.records for split in splits))
 
 
 def build_loaders(

@@ -10,13 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 from utils.datasets.formats.pictures import Source, find_pictures, probe_pictures
-from utils.datasets.formats.rows import KEPT, QUARANTINED, Problems, Row, make_record
+from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problems, Row, make_record
 from utils.errors import UserError
-from utils.structures import Record
 
 
-def read_coco(source: Source, problems: Problems) -> tuple[tuple[str, ...], list[Record], int]:
-    """Class names, records in the order of the file (or of the pictures the yaml names), and 0: all are annotated.
+def read_coco(source: Source, problems: Problems) -> Annotated:
+    """Class names, records in the order of the file (or of the pictures the yaml names), the ids of the categories.
 
     Raises:
         UserError: not a COCO file, no picture of it found, an annotation whose category has no name.
@@ -45,7 +44,7 @@ def read_coco(source: Source, problems: Problems) -> tuple[tuple[str, ...], list
         )
         if record is not None:
             records.append(record)
-    return names, records, 0
+    return Annotated(names, records, category_ids=_category_ids(names, labels))
 
 
 def _load(path: Path) -> dict:
@@ -77,6 +76,13 @@ def _labels(categories: list[dict], source: Source) -> tuple[tuple[str, ...], di
     if source.names is None:
         return tuple(by_id.values()), {key: label for label, key in enumerate(by_id)}
     return source.names, {key: source.names.index(name) for key, name in by_id.items() if name in source.names}
+
+
+def _category_ids(names: tuple[str, ...], labels: dict[int, int]) -> tuple[int, ...]:
+    """Category id of every label; one that the file does not know gets a number of its own."""
+    ids = {label: key for key, label in reversed(labels.items())}
+    free = max(labels, default=0) + 1
+    return tuple(ids.get(label, free + label) for label in range(len(names)))
 
 
 def _by_id(images: list[dict], path: Path, problems: Problems) -> dict[int | str, dict]:

@@ -70,27 +70,49 @@ def _describe_json(path: Path, split: str, problems: Problems) -> Source:
 
 def _describe_darknet(path: Path, split: str, problems: Problems) -> Source:
     """A Darknet .data file. Darknet starts relative paths at its working folder, usually the one above this file."""
-    options: dict[str, tuple[str, int]] = {}
-    for line, number in read_lines(path):
-        key, equals, value = line.partition("=")
-        if line[0] not in "#;" and equals:
-            options.setdefault(key.strip(), (value.strip(), number))  # the first one wins, as in Darknet
     key = {"val": "valid"}.get(split, split)
-    for needed, example in (("names", "data/my.names"), (key, f"data/{key}.txt")):
-        if needed not in options:
-            raise UserError(path, f"no '{needed}'", f"add the line: {needed} = {example}")
-    bases = (path.parent, path.parent.parent, Path.cwd())
+    options = _darknet_options(path, "names", key)
+    entry, line = options[key]
+    return Source(
+        file=path,
+        format="darknet",
+        split=split,
+        entries=(entry,),
+        where=f"{path}:{line}",
+        bases=_darknet_bases(path),
+        names=_darknet_names(path),
+    )
+
+
+def _darknet_bases(path: Path) -> tuple[Path, ...]:
+    return path.parent, path.parent.parent, Path.cwd()
+
+
+def _darknet_options(path: Path, *needed: str) -> dict[str, tuple[str, int]]:
+    """Key -> value and line of a .data file."""
+    options: dict[str, tuple[str, int]] = {}
+    for text, line in read_lines(path):
+        key, equals, value = text.partition("=")
+        if text[0] not in "#;" and equals:
+            options.setdefault(key.strip(), (value.strip(), line))  # the first one wins, as in Darknet
+    for key in needed:
+        if key not in options:
+            example = "data/my.names" if key == "names" else f"data/{key}.txt"
+            raise UserError(path, f"no '{key}'", f"add the line: {key} = {example}")
+    return options
+
+
+def _darknet_names(path: Path) -> tuple[str, ...]:
+    """The class names a .data file points to."""
+    options = _darknet_options(path, "names")
     file, line = options["names"]
-    names = read_names(find(file, bases, f"{path}:{line}", "names file"))
+    names = _listed_names(find(file, _darknet_bases(path), f"{path}:{line}", "names file"))
     classes, line = options.get("classes", (str(len(names)), 0))
     if classes != str(len(names)):
         raise UserError(
             f"{path}:{line}", f"classes = {classes}, but {file} has {len(names)} names", "correct one of them"
         )
-    entry, line = options[key]
-    return Source(
-        file=path, format="darknet", split=split, entries=(entry,), where=f"{path}:{line}", bases=bases, names=names
-    )
+    return names
 
 
 def _describe_yaml(path: Path, split: str, problems: Problems) -> Source:
@@ -182,7 +204,7 @@ def _names(data: Located, path: Path, problems: Problems, *, required: bool) -> 
             raise UserError(path, "no 'names:', the classes have no names", "add the line: names: [cat, dog]")
         return None
     if isinstance(names, str):
-        names = list(read_names(find(names, (path.parent, Path.cwd()), where, "names file")))
+        names = list(_listed_names(find(names, (path.parent, Path.cwd()), where, "names file")))
     if isinstance(names, dict):
         holes = sorted(set(range(len(names))) - set(names))
         if holes or any(isinstance(key, str) for key in names):
@@ -202,8 +224,17 @@ def _names(data: Located, path: Path, problems: Problems, *, required: bool) -> 
     return tuple(names)
 
 
-def read_names(path: Path) -> tuple[str, ...]:
-    """The class names in a .names file, one a line. Raises UserError for an empty line between them, or no name."""
+def read_names(path: str | Path) -> tuple[str, ...]:
+    """The class names in a data .yaml, a Darknet .data, or a text file with one name a line, whatever its suffix.
+
+    Raises:
+        UserError: unreadable, no names, an empty line between them.
+    """
+    path = Path(path).expanduser()
+    return NAME_READERS.get(path.suffix.lower(), _listed_names)(path)
+
+
+def _listed_names(path: Path) -> tuple[str, ...]:
     lines = read_lines(path)
     if not lines:
         raise UserError(path, "no class name", "write one name a line")
@@ -211,3 +242,10 @@ def read_names(path: Path) -> tuple[str, ...]:
         if number != expected:
             raise UserError(f"{path}:{expected}", "an empty line between the names", "remove it")
     return tuple(text for text, _ in lines)
+
+
+def _yaml_names(path: Path) -> tuple[str, ...]:
+    return _names(read_yaml(path), path, Problems(), required=True)
+
+
+NAME_READERS = {".yaml": _yaml_names, ".yml": _yaml_names, ".data": _darknet_names}

@@ -72,6 +72,15 @@ class Problems:
         self.entries.append(problem)
 
 
+class Annotated(NamedTuple):
+    """What a format's reader makes of one split."""
+
+    names: tuple[str, ...]
+    records: list[Record]
+    num_unlabelled: int = 0  # pictures without any annotation file
+    category_ids: tuple[int, ...] | None = None  # the data set's own id of every label, where it has ids
+
+
 def make_record(
     picture: Path,
     size: tuple[int, int],

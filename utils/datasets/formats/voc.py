@@ -12,7 +12,7 @@ from typing import NamedTuple
 from xml.parsers import expat
 
 from utils.datasets.formats.pictures import Source, find, probe_pictures, read_lines
-from utils.datasets.formats.rows import QUARANTINED, Problems, Row, drop_duplicates, make_record
+from utils.datasets.formats.rows import QUARANTINED, Annotated, Problems, Row, drop_duplicates, make_record
 from utils.datasets.images import IMAGE_SUFFIXES
 from utils.errors import UserError, nearest
 from utils.structures import Record
@@ -39,7 +39,7 @@ class VocFile(NamedTuple):
     size: dict[str, str]
 
 
-def read_voc(source: Source, problems: Problems) -> tuple[tuple[str, ...], list[Record], int]:
+def read_voc(source: Source, problems: Problems) -> Annotated:
     """Class names (given, or all that occur under ``Annotations``, sorted), records, and pictures without an XML.
 
     Raises:
@@ -64,7 +64,7 @@ def read_voc(source: Source, problems: Problems) -> tuple[tuple[str, ...], list[
             records.append(record)
     if pictures and missing == len(pictures):
         raise UserError(source.where, f"none of {missing} pictures has an XML file under {root / 'Annotations'}")
-    return names, records, missing
+    return Annotated(names, records, missing)
 
 
 def collect_names(folder: Path) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.datasets.formats.pictures import Source, find, find_pictures, probe_pictures
-from utils.datasets.formats.rows import KEPT, QUARANTINED, Problems, Row, drop_duplicates, make_record
+from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problems, Row, drop_duplicates, make_record
 from utils.errors import UserError
 from utils.structures import Record
 
@@ -24,7 +24,7 @@ LOOKS_LIKE_PIXELS = 2.0  # relative coordinates are at most 1, and slightly more
 PICTURE_FOLDERS = ("images", "JPEGImages")  # the last such folder of a path becomes "labels"
 
 
-def read_yolo(source: Source, problems: Problems) -> tuple[tuple[str, ...], list[Record], int]:
+def read_yolo(source: Source, problems: Problems) -> Annotated:
     """Class names, records, and how many pictures had no label file (backgrounds, like those with an empty one).
 
     Raises:
@@ -47,7 +47,7 @@ def read_yolo(source: Source, problems: Problems) -> tuple[tuple[str, ...], list
         tried = ", ".join(str(path) for path in label_paths(missing[0]))
         raise UserError(source.where, f"none of {len(sizes)} pictures has a label file", f"looked for {tried}, ...")
     _count_strays(source, sizes, problems)
-    return source.names, records, len(missing)
+    return Annotated(source.names, records, len(missing))
 
 
 def label_paths(picture: Path) -> Iterator[Path]:
