@@ -1,6 +1,6 @@
 """The default data set, drawn from a seed at first use: circles, rectangles and triangles that are not easy to find.
 
-Textured and lit backgrounds, noise and blur; shapes of 14 to 150 pixels, turned and stretched, over one another and
+Textured and lit backgrounds, noise and blur; shapes of 22 to 150 pixels, turned and stretched, over one another and
 over the border; outlines, stars and bars as distractors of no class; pictures of several aspect ratios, one in twelve
 without any object. Written as ordinary files: ``images/{train,val}/*.jpg``, ``labels/{train,val}/*.txt``, ``data.yaml``
 and ``annotations/{train,val}.json`` with the polygons of what is visible of each shape (COCO instances).
@@ -18,19 +18,17 @@ import numpy as np
 
 from utils.errors import ResourceError, UserError
 
-VERSION = 1  # of what a seed draws
+VERSION = 2  # of what a seed draws
 NAMES = ("circle", "rectangle", "triangle")
 NUM_PICTURES = {"train": 600, "val": 120}
 SIZES = ((240, 320), (320, 240), (240, 240), (208, 368), (288, 288))  # H, W
-SIDES = (14.0, 150.0)  # of a shape, pixels; drawn log-uniformly
-MAX_SHAPES = 9
+SIDES = (22.0, 150.0)  # of a shape, pixels; drawn log-uniformly
+MAX_SHAPES = 8
 EMPTY_SHARE = 1 / 12  # of the pictures
-MIN_UNCOVERED = 0.4  # share of a shape that later ones must leave visible
-MIN_INSIDE = (
-    0.6  # share of a shape that must lie in the picture: half a circle is still one, a corner could be anything
-)
-MIN_PIXELS = 60  # of a shape
-MIN_CONTRAST = 60.0  # distance in RGB between a shape and what lies behind it
+MIN_UNCOVERED = 0.6  # share of a shape that later ones must leave visible
+MIN_INSIDE = 0.75  # share of a shape that must lie in the picture: a corner could be anything
+MIN_PIXELS = 120  # of a shape
+MIN_CONTRAST = 90.0  # distance in RGB between a shape and what lies behind it
 JPEG_QUALITY = 92
 SHIFT = 4  # fractional bits of OpenCV's polygon corners
 
@@ -140,7 +138,7 @@ def draw_picture(rng: np.random.Generator) -> tuple[np.ndarray, list[Shape]]:
     """One picture, uint8 [H, W, 3] RGB, and its shapes, the hindmost first."""
     height, width = SIZES[rng.integers(len(SIZES))]
     canvas = _background(rng, height, width)
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         _paint_distractor(rng, canvas)
     shapes: list[Shape] = []
     num = 0 if rng.random() < EMPTY_SHARE else rng.integers(1, MAX_SHAPES + 1)
@@ -287,7 +285,7 @@ def _contrasting(rng, behind) -> np.ndarray:
 def _shading(rng, height, width) -> np.ndarray:
     """float32 [H, W, 1] around 1: an uneven surface."""
     texture = TEXTURES[rng.integers(len(TEXTURES))](rng, height, width)
-    return (1 + rng.uniform(0, 0.35) * (texture - 0.5))[..., None].astype(np.float32)
+    return (1 + rng.uniform(0, 0.25) * (texture - 0.5))[..., None].astype(np.float32)
 
 
 def _develop(rng, canvas) -> np.ndarray:
