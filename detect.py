@@ -6,183 +6,175 @@ python detect.py --weights yolov3.weights --cfg yolov3.cfg --names data/coco.nam
 
 import argparse
 
+from utils.arguments import add_network, add_output, add_resize, add_thresholds, count
+from utils.errors import QuarantineError, UserError, nearest, run_main
+
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Find objects in pictures, folders, videos and streams.")
-    network = parser.add_argument_group("network")
-    network.add_argument("--weights", required=True, metavar="FILE", help="checkpoint (.safetensors), .weights or .pt")
-    network.add_argument("--cfg", metavar="FILE", help="the network; a checkpoint knows its own")
-    network.add_argument(
-        "--names", "--data", metavar="FILE", help="class names: .names or data .yaml; a checkpoint knows its own"
-    )
-    network.add_argument("--device", default="", help="cpu, 0, ... (default: the first GPU, else the CPU)")
-    network.add_argument("--precision", default="float32", choices=["auto", "float32", "bf16", "fp16"])
-    network.add_argument(
-        "--half", dest="precision", action="store_const", const="fp16", help="same as --precision fp16"
+    add_network(parser).add_argument(
+        "--names", "--data", metavar="FILE", help="class names: .names, data .yaml or .data; a checkpoint knows its own"
     )
     seen = parser.add_argument_group("what to look at")
     seen.add_argument(
         "--source",
-        default="data/samples",
+        required=True,
         help="picture, folder, glob, list.txt, video, camera number, rtsp:// or http:// stream",
     )
-    seen.add_argument(
-        "--img-size",
-        "--imgsz",
-        "--img",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="input height [width] (default: the cfg's)",
-    )
-    seen.add_argument(
-        "--resize", choices=["letterbox", "stretch"], help="how a picture is fitted (default: letter_box of the cfg)"
-    )
-    seen.add_argument("--batch-size", type=int, default=8, metavar="N")
-    seen.add_argument("--vid-stride", type=int, default=1, metavar="N", help="look at every N-th frame of a video")
-    found = parser.add_argument_group("what counts as found")
-    found.add_argument("--conf-thres", type=float, default=0.25)
-    found.add_argument(
-        "--iou-thres", type=float, default=0.45, help="overlap above which the lower score is suppressed"
-    )
-    found.add_argument("--max-det", type=int, default=300, metavar="N", help="per picture")
-    found.add_argument("--classes", type=int, nargs="+", metavar="N", help="keep these class numbers only")
-    found.add_argument("--agnostic-nms", action="store_true", help="suppress across classes")
-    written = parser.add_argument_group("what is written")
-    written.add_argument("--project", default="runs/detect", metavar="DIR")
-    written.add_argument("--name", default="exp", help="folder below --project; exp2, exp3, ... if taken")
-    written.add_argument(
-        "--exist-ok", action="store_true", help="write into an existing folder (nothing in it is deleted)"
-    )
-    written.add_argument("--nosave", action="store_true", help="no drawn pictures or videos")
-    written.add_argument("--save-txt", action="store_true", help="labels/*.txt: class cx cy w h")
-    written.add_argument("--save-conf", action="store_true", help="with the score as sixth column")
+    add_resize(seen)
+    seen.add_argument("--batch-size", type=count, default=8, metavar="N", help="default: 8; a stream has 1")
+    seen.add_argument("--vid-stride", type=count, default=1, metavar="N", help="look at every N-th frame of a video")
+    found = add_thresholds(parser, conf_thres=0.25, iou_thres=0.45)
+    found.add_argument("--classes", nargs="+", metavar="CLASS", help="keep these classes only: names or numbers")
+    written = add_output(parser, "runs/detect")
     written.add_argument("--save-json", action="store_true", help="detections.json")
     written.add_argument("--save-crop", action="store_true", help="crops/CLASS/*.jpg")
+    written.add_argument("--nosave", action="store_true", help="no drawn pictures or videos")
     written.add_argument("--view-img", action="store_true", help="show a window (q closes it)")
-    written.add_argument("--line-thickness", type=int, metavar="N")
+    written.add_argument("--line-thickness", type=count, metavar="N", help="pixels (default: by the picture's size)")
     written.add_argument("--hide-labels", action="store_true")
     written.add_argument("--hide-conf", action="store_true")
-    written.add_argument("--fourcc", default="mp4v", help="video codec")
+    written.add_argument("--fourcc", type=fourcc, default="mp4v", help="video codec (default: mp4v)")
     written.add_argument("--strict", action="store_true", help="exit 3 if anything could not be read")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> int:
-    """One walk: frames -> letterbox -> network -> original pixels -> files."""
+def fourcc(text: str) -> str:
+    """The four letters of a codec."""
+    if len(text) != 4:
+        raise argparse.ArgumentTypeError(f"expected four letters such as mp4v, found {text!r}")
+    return text
+
+
+def main(args: argparse.Namespace) -> None:
+    """One walk: frames -> letterbox -> network -> original pixels -> files. Reading, looking and writing overlap."""
+    import time
+    from collections import Counter
+    from contextlib import closing
+    from functools import partial
+
     from tqdm import tqdm
 
-    from models.loading import input_size, load_network, stretches
+    from models.loading import find_file, input_size, load_network, stretches
     from models.predictor import Predictor
     from utils.datasets.records import read_names
     from utils.datasets.sources import open_source
-    from utils.errors import QuarantineError
+    from utils.draw import draw_detections
+    from utils.prefetch import prefetch
     from utils.results import ResultWriter
     from utils.run import new_run, select_device, select_precision
+    from utils.window import Window
 
     # the network
     device = select_device(args.device)
-    loaded = load_network(args.weights, cfg=args.cfg, names=read_names(args.names) if args.names else None)
-    size = input_size(args.img_size, loaded.model)
-    stretch = stretches(args.resize, loaded.model)
+    precision = select_precision(args.precision, device)
+    window = Window() if args.view_img else None
+    names = read_names(find_file(args.names, "names file")) if args.names else None
+    loaded = load_network(args.weights, cfg=args.cfg, names=names)
+    model, names = loaded.model, loaded.names
+    size = input_size(args.img_size, model)
     predict = Predictor(
-        loaded.model,
+        model,
         device=device,
         conf_thres=args.conf_thres,
         iou_thres=args.iou_thres,
         max_det=args.max_det,
-        classes=args.classes,
+        classes=class_numbers(args.classes, names),
         agnostic=args.agnostic_nms,
-        amp=select_precision(args.precision, device).autocast,
+        amp=precision.autocast,
     )
 
-    # the pictures
-    source = open_source(args.source, channels=loaded.model.channels, stride=args.vid_stride)
+    # the pictures; the first one is read before anything is written
+    source = open_source(args.source, channels=model.channels, stride=args.vid_stride)
     folder = new_run(args.project, args.name, exist_ok=args.exist_ok)
     writer = ResultWriter(
         folder=folder,
-        names=loaded.names,
-        save_images=not args.nosave,
-        save_txt=args.save_txt,
+        names=names,
+        save_txt=args.save_txt or args.save_conf,
         save_conf=args.save_conf,
         save_json=args.save_json,
         save_crop=args.save_crop,
+        fourcc=args.fourcc,
+    )
+    draw = partial(
+        draw_detections,
+        names=names,
         line_thickness=args.line_thickness,
         hide_labels=args.hide_labels,
         hide_conf=args.hide_conf,
-        fourcc=args.fourcc,
     )
 
     # look
-    seen, totals = 0, [0] * len(loaded.names)
-    try:
-        with tqdm(total=source.total, desc="detect", unit="frame", dynamic_ncols=True) as bar:
-            for frames in batches(source, args.batch_size):
-                for frame, detections in zip(frames, look(predict, frames, size, stretch)):
-                    drawn = writer.write(frame, detections)
-                    for label in detections.labels.tolist():
-                        totals[label] += 1
-                    if args.view_img and drawn is not None:
-                        show(frame.path, drawn)
-                    seen += 1
-                bar.update(len(frames))
-    finally:
-        writer.close()
+    seen, totals, start = 0, Counter(), time.perf_counter()
+    batch_size = 1 if source.live else args.batch_size
+    placed = prefetch(place(source, batch_size, size, stretches(args.resize, model)))
+    with (
+        closing(writer),
+        closing(prefetch(look(predict, placed), batch_size)) as looked,
+        tqdm(total=source.total, desc="detect", unit="frame", dynamic_ncols=True, disable=None) as bar,
+    ):
+        for frame, detections in looked:
+            drawn = draw(frame.image, detections) if window or not args.nosave else None
+            writer.write(frame, detections, None if args.nosave else drawn)
+            totals.update(detections.labels.tolist())
+            seen += 1
+            bar.update()
+            if window and not window.show(drawn):
+                break
+    seconds = time.perf_counter() - start
 
     # say what happened
-    found = ", ".join(f"{count} {name}" for name, count in zip(loaded.names, totals) if count) or "nothing"
-    print(f"{seen} frames: {found}")
-    if seen:
-        parts = " / ".join(f"{1000 * seconds / seen:.1f} ms {name}" for name, seconds in predict.timer.seconds.items())
-        print(f"Speed: {parts} per frame at {size[1]}x{size[0]}")
+    found = ", ".join(f"{totals[label]} {name}" for label, name in enumerate(names) if totals[label])
+    print(f"{seen} frames in {seconds:.1f} s, found: {found or 'nothing'}")
+    parts = " / ".join(f"{1000 * part / seen:.1f} ms {name}" for name, part in predict.timer.seconds.items())
+    print(f"Speed: {parts} per frame at {size[1]}x{size[0]}, batch size {batch_size}")
     for problem in source.problems:
         print(f"warning: {problem}")
     print(f"Results: {folder}")
     if source.problems and args.strict:
-        raise QuarantineError(args.source, f"{len(source.problems)} of {seen + len(source.problems)} could not be read")
-    return 0
+        raise QuarantineError(args.source, f"not everything could be read: {len(source.problems)} warnings above")
 
 
-def batches(frames, size: int):
-    """Lists of up to ``size`` frames; a stream's frames are never held back to fill a batch."""
-    batch = []
-    for frame in frames:
-        batch.append(frame)
-        live = frame.fps is not None and frame.total is None
-        if len(batch) == size or live:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def class_numbers(wanted: list[str] | None, names: list[str]) -> list[int] | None:
+    """The numbers of classes given by name or number; a name counts first."""
+    if wanted is None:
+        return None
+    numbers = {str(number): number for number in range(len(names))} | {name: n for n, name in enumerate(names)}
+    for text in wanted:
+        if text not in numbers:
+            hint = f"numbers go to {len(names) - 1}" if text.isdecimal() else nearest(text, names)
+            raise UserError("--classes", f"no class '{text}'", hint)
+    return [numbers[text] for text in wanted]
 
 
-def look(predict, frames, size, stretch):
-    """Detections of each frame, in its own pixels."""
+def place(frames, batch_size: int, size: tuple[int, int], stretch: bool):
+    """Batches: frames, where each lies on its canvas, and the canvases (uint8 [B, C, H, W])."""
+    from itertools import islice
+
     import numpy as np
     import torch
 
     from utils.datasets.letterbox import letterbox
     from utils.structures import ImageInfo
 
-    placed = [letterbox(frame.image, size, stretch=stretch) for frame in frames]
-    images = torch.from_numpy(np.stack([canvas for canvas, _ in placed])).permute(0, 3, 1, 2)
-    for number, (frame, (_, box), detections) in enumerate(zip(frames, placed, predict(images))):
-        info = ImageInfo(id=number, path=frame.path, size=frame.image.shape[:2], letterbox=box)
-        yield detections.cpu().to_original(info)
+    frames = iter(frames)
+    while batch := list(islice(frames, batch_size)):
+        placed = [letterbox(frame.image, size, stretch=stretch) for frame in batch]
+        infos = [
+            ImageInfo(id=number, path=frame.path, size=frame.image.shape[:2], letterbox=box)
+            for number, (frame, (_, box)) in enumerate(zip(batch, placed))
+        ]
+        yield batch, infos, torch.from_numpy(np.stack([canvas for canvas, _ in placed])).permute(0, 3, 1, 2)
 
 
-def show(title: str, image) -> None:
-    """One frame in a window; q or Escape ends the program."""
-    import cv2
-
-    cv2.imshow(title, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    if cv2.waitKey(1) & 0xFF in (ord("q"), 27):
-        raise KeyboardInterrupt
+def look(predict, batches):
+    """(frame, detections in its own pixels), one after the other."""
+    for frames, infos, images in batches:
+        for frame, info, detections in zip(frames, infos, predict(images)):
+            yield frame, detections.cpu().to_original(info)
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from utils.errors import run_main
-
     run_main(lambda: main(arguments))

@@ -11,14 +11,8 @@ from models.pretrained import load_pretrained
 from utils.checkpoint import load_module, read_checkpoint, without_prefix
 from utils.errors import UserError
 
-FOLDERS = {
-    ".cfg": "cfg",
-    ".yaml": "cfg/hyp",
-    ".weights": "weights",
-    ".safetensors": "weights",
-    ".pt": "weights",
-    ".names": "data",
-}
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"cfg": "cfg", "weights file": "weights", "names file": "data"}  # where the project keeps each kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +24,18 @@ class Loaded:
     meta: dict  # the checkpoint's header; {} for other files
 
 
-def find_file(text: str, kind: str) -> Path:
-    """A file as typed, or in the folder where its kind lives (``yolov3.cfg`` -> ``cfg/yolov3.cfg``).
+def find_file(text: str | Path, kind: str) -> Path:
+    """A file as typed, or a plain name in the folder where its kind (a key of FOLDERS) lives: ``yolov3.cfg``.
 
     Raises:
-        UserError: in neither place; names both.
+        UserError: not there; names the places looked at.
     """
     path = Path(text).expanduser()
-    home = Path(__file__).resolve().parents[1] / FOLDERS.get(path.suffix, ".") / path.name
-    if path.is_file():
-        return path
-    if not path.parent.name and home.is_file():
-        return home
-    raise UserError(text, f"no such {kind}", f"looked for {path.resolve()} and {home}")
+    places = [path] if path.parent.name else [path, ROOT / FOLDERS[kind] / path.name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(text, f"no such {kind}", f"looked for {' and '.join(str(place.resolve()) for place in places)}")
+    return found
 
 
 def load_network(weights: str, *, cfg: str | None = None, names: list[str] | None = None) -> Loaded:
@@ -92,12 +85,14 @@ def _adapted(cfg: Cfg, names: list[str] | None) -> Cfg:
 
 def input_size(wanted: list[int] | None, model) -> tuple[int, int]:
     """(H, W) as asked for, a multiple of the network's stride."""
-    height, width = model.size if wanted is None else (wanted[0], wanted[-1])
+    if wanted and len(wanted) > 2:
+        raise UserError("--img-size", f"expected a side, or height and width, found {len(wanted)} numbers")
+    height, width = (wanted[0], wanted[-1]) if wanted else model.size
     if height % model.stride or width % model.stride or min(height, width) <= 0:
         raise UserError(
             "--img-size",
             f"{height}x{width} is no multiple of the network's stride {model.stride}",
-            f"try {-(-height // model.stride) * model.stride}",
+            "try " + " ".join(str(max(round(side / model.stride), 1) * model.stride) for side in (height, width)),
         )
     return height, width
 

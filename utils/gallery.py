@@ -1,6 +1,7 @@
 """Pictures of a run to look at: what the network was shown, and what it found."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +16,30 @@ MAX_IMAGES = 16  # of a batch, in one picture
 
 
 class Gallery:
-    """Saves mosaics of batches into a run's folder and TensorBoard; failing to draw stops nothing.
+    """Saves mosaics of batches into a run's folder and TensorBoard.
 
     Args:
+        logger: a training's, which failing to draw must not stop; None: no TensorBoard, and errors are errors.
         num_batches: how many batches of each kind are drawn.
     """
 
-    def __init__(self, folder: Path, names: list[str], logger: Logger, *, num_batches: int = 3):
+    def __init__(self, folder: Path, names: list[str], logger: Logger | None = None, *, num_batches: int = 3):
         self.folder, self.names, self.logger, self.num_batches = folder, names, logger, num_batches
+        self.guard = logger.guard if logger else nullcontext
         self.num_val = 0
 
     def train(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; the first of them are drawn with their targets on the way."""
         for number, batch in enumerate(batches):
             if number < self.num_batches:
-                with self.logger.guard("train_batch pictures"):
+                with self.guard("train_batch pictures"):
                     self._save(f"train_batch{number}", [_with_targets(batch, row, self.names) for row in _rows(batch)])
             yield batch
 
     def val(self, batch: Batch, detections: list[Detections]) -> None:
         """The first batches of an evaluation: labels and predictions. Detections are in pixels of the originals."""
         if self.num_val < self.num_batches:
-            with self.logger.guard("val_batch pictures"):
+            with self.guard("val_batch pictures"):
                 self._save(
                     f"val_batch{self.num_val}_labels", [_with_targets(batch, row, self.names) for row in _rows(batch)]
                 )
@@ -47,7 +50,8 @@ class Gallery:
     def _save(self, name: str, images: list[np.ndarray]) -> None:
         picture = batch_mosaic(images)
         write_image(self.folder / f"{name}.jpg", picture)
-        self.logger.picture(name, picture, 0)
+        if self.logger:
+            self.logger.picture(name, picture, 0)
 
 
 def _rows(batch: Batch) -> range:

@@ -5,16 +5,15 @@ Every file appears whole or not at all: it is written beside its name and rename
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from utils.datasets.sources import Frame
-from utils.draw import draw_detections
-from utils.errors import ResourceError
+from utils.errors import UserError
 from utils.evaluate import coco_results
 from utils.files import atomic_write, write_text
 from utils.structures import Batch, Detections, Record
@@ -41,22 +40,19 @@ class Stems:
 
     def __init__(self):
         self._of: dict[str, str] = {}
-        self._count: Counter[str] = Counter()
+        self._taken: set[str] = set()
 
     def __call__(self, path: str) -> str:
         if path not in self._of:
             stem = safe_name(Path(path).stem)
-            taken = set(self._of.values())
-            unique = stem
-            while unique in taken:
-                self._count[stem] += 1
-                unique = f"{stem}_{self._count[stem] + 1}"
-            self._of[path] = unique
+            spellings = chain([stem], (f"{stem}_{number}" for number in count(2)))
+            self._of[path] = next(spelling for spelling in spellings if spelling not in self._taken)
+            self._taken.add(self._of[path])
         return self._of[path]
 
 
 def write_labels(folder: Path, stem: str, detections: Detections, size: tuple[int, int], *, with_score: bool) -> None:
-    """``folder/labels/stem.txt``: ``class cx cy w h [score]``, relative to ``size`` (h, w); empty if nothing was found."""
+    """``folder/labels/stem.txt``: ``class cx cy w h [score]``, relative to ``size`` (h, w); empty where nothing is."""
     height, width = size
     lines = []
     for (x1, y1, x2, y2), score, label in _rows(detections):
@@ -96,27 +92,23 @@ class ResultWriter:
 
     folder: Path
     names: list[str]
-    save_images: bool = True  # pictures and videos with boxes drawn
     save_txt: bool = False  # labels/*.txt: class cx cy w h [conf], relative; an empty file where nothing was found
     save_conf: bool = False
     save_json: bool = False  # detections.json
     save_crop: bool = False  # crops/CLASS/*.jpg
-    line_thickness: int | None = None
-    hide_labels: bool = False
-    hide_conf: bool = False
     fourcc: str = "mp4v"
 
-    _stems: "Stems" = field(default_factory=lambda: Stems())
+    _stems: Stems = field(default_factory=Stems)
     _json: list[dict] = field(default_factory=list)
     _video: "VideoFile | None" = None
 
-    def write(self, frame: Frame, detections: Detections) -> np.ndarray | None:
+    def write(self, frame: Frame, detections: Detections, drawn: np.ndarray | None = None) -> None:
         """Write everything asked for about one frame (boxes in its own pixels).
 
-        Returns:
-            The drawn picture, if pictures are written.
+        Args:
+            drawn: the picture with its boxes; None: no pictures or videos.
         """
-        stem, drawn = self._stems(frame.path), None
+        stem = self._stems(frame.path)
         numbered = stem if frame.fps is None else f"{stem}_{frame.number:06d}"
         if self.save_txt:
             write_labels(self.folder, numbered, detections, frame.image.shape[:2], with_score=self.save_conf)
@@ -124,21 +116,11 @@ class ResultWriter:
             self._json.append(self._entry(frame, detections))
         if self.save_crop:
             self._write_crops(numbered, frame, detections)
-        if self.save_images:
-            drawn = draw_detections(
-                frame.image,
-                detections,
-                self.names,
-                line_thickness=self.line_thickness,
-                hide_labels=self.hide_labels,
-                hide_conf=self.hide_conf,
-            )
-            if frame.fps is None:
-                suffix = Path(frame.path).suffix.lower()
-                write_image(self.folder / f"{stem}{suffix if suffix in WRITABLE else '.jpg'}", drawn)
-            else:
-                self._video_for(frame, stem).append(drawn)
-        return drawn
+        if drawn is not None and frame.fps is None:
+            suffix = Path(frame.path).suffix.lower()
+            write_image(self.folder / f"{stem}{suffix if suffix in WRITABLE else '.jpg'}", drawn)
+        elif drawn is not None:
+            self._video_for(frame, stem).append(drawn)
 
     def close(self) -> None:
         if self._video:
@@ -189,9 +171,8 @@ class VideoFile:
         self.part = path.with_suffix(f".part{path.suffix}")
         self.writer = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*fourcc), fps, size)
         if not self.writer.isOpened():
-            raise ResourceError(
-                path, f"cannot write a video with codec {fourcc!r}", "try --fourcc mp4v or --fourcc avc1"
-            )
+            self.part.unlink(missing_ok=True)
+            raise UserError(f"--fourcc {fourcc}", "this OpenCV cannot write mp4 with that codec", "mp4v works anywhere")
 
     def append(self, image: np.ndarray) -> None:
         colour = cv2.COLOR_RGB2BGR if image.shape[2] == 3 else cv2.COLOR_GRAY2BGR

@@ -8,18 +8,22 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import cv2
 import numpy as np
+from cv2.utils import logging
 
-from utils.datasets.images import read_image
+from utils.datasets.formats.pictures import read_lines
+from utils.datasets.images import IMAGE_SUFFIXES, read_image
 from utils.errors import UserError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm"}
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".webm", ".gif", ".ts"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".webm", ".ts"}
 DEFAULT_FPS = 30.0  # for cameras and containers that state none
+TIMEOUT = 10_000  # milliseconds without an answer after which a stream counts as gone
+SLACK = 0.01  # of the frames a container promises: their number is often an estimate from the duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +34,16 @@ class Frame:
     path: str  # file, camera number or stream address without its password
     number: int = 0  # frame of a video, from 0
     fps: float | None = None  # None: a still picture
-    total: int | None = None  # frames the container promises
 
 
 @dataclass
 class Source:
     """An iterable of frames and what went wrong on the way."""
 
-    text: str
     frames: Iterator[Frame]
-    total: int | None  # frames to come, if known
+    num_files: int = 1
+    total: int | None = None  # frames to come, if known
+    live: bool = False  # a camera or stream: frames come when they come
     problems: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Frame]:
@@ -47,7 +51,7 @@ class Source:
 
 
 def open_source(text: str, *, channels: int = 3, stride: int = 1) -> Source:
-    """The frames behind what a user typed.
+    """The frames behind what a user typed; the first one is read at once.
 
     Args:
         text: picture, video, folder, glob pattern, ``.txt`` list of paths (relative ones: to the list), camera number,
@@ -56,57 +60,76 @@ def open_source(text: str, *, channels: int = 3, stride: int = 1) -> Source:
         stride: keep every stride-th frame of a video.
 
     Raises:
-        UserError: nothing found, or the camera, video or stream does not open.
+        UserError: nothing found, nothing of it can be read, or the camera, video or stream does not open.
     """
-    if text.isdigit():
-        return _video(int(text), f"camera {text}", channels, stride)
-    if "://" in text:
-        return _video(text, without_password(text), channels, stride)
-    return _files(text, _paths(text), channels, stride)
+    if text.isdecimal():
+        source = Source(iter(()), live=True)
+        source.frames = _read_video(int(text), f"camera {text}", channels, stride, source)
+    elif "://" in text:
+        source = Source(iter(()), live=True)
+        source.frames = _read_video(text, without_password(text), channels, stride, source)
+    else:
+        source = _open_files(_paths(text), channels, stride)
+    first = next(source.frames, None)
+    if first is None:
+        raise UserError(text, f"none of {source.num_files} files can be read", f"first: {source.problems[0]}")
+    source.frames = chain([first], source.frames)
+    return source
 
 
 def without_password(address: str) -> str:
     """``rtsp://user:secret@host/x`` -> ``rtsp://***@host/x``: for logs and file names."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise UserError("--source", f"not an address: {error}") from error
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc=f"***@{host}" if host != parts.netloc else host))
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def _paths(text: str) -> list[Path]:
     """Files named by a path, a folder, a glob or a list, in sorted order (a list: in its own order)."""
     path = Path(text).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        return _usable(path.iterdir(), path, f"no picture or video in this folder; '{path}/**/*' looks below it, too")
+    if path.suffix.lower() == ".txt" and path.is_file():
+        files = [path.parent / line for line, _ in read_lines(path) if not line.startswith("#")]
         if not files:
-            raise UserError(
-                path, "no picture or video in this folder", f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}, ..."
-            )
-        return files
-    if path.is_file() and path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        files = [path.parent / line for line in lines if line and not line.startswith("#")]
-        if not files:
-            raise UserError(path, "the list names no file", "one path a line")
+            raise UserError(path, "the list names no file", "write one path a line")
         return files
     if path.exists():
         return [path]
     # pathlib has no glob for absolute patterns
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
+    found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207
     if not found:
         raise UserError(text, "no such file, folder or pattern", f"looked under {Path.cwd()}")
-    return found
+    return _usable(found, text, f"none of the {len(found)} files of this pattern is a picture or video")
 
 
-def _files(text: str, paths: list[Path], channels: int, stride: int) -> Source:
-    """Still pictures and videos, one after the other."""
-    stills = all(path.suffix.lower() not in VIDEO_SUFFIXES for path in paths)
-    source = Source(text, iter(()), len(paths) if stills else None)
+def _usable(files, where: object, message: str) -> list[Path]:
+    """Those of ``files`` that are pictures or videos by their names, sorted."""
+    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    usable = sorted(file for file in files if file.suffix.lower() in known and file.is_file())
+    if not usable:
+        raise UserError(where, message, f"looked for {' '.join(sorted(known))}")
+    return usable
+
+
+def _open_files(paths: list[Path], channels: int, stride: int) -> Source:
+    """Still pictures and videos, one after the other. A file that is alone must be readable."""
+    source = Source(iter(()), num_files=len(paths))
+    if not any(map(_is_video, paths)):
+        source.total = len(paths)
 
     def frames() -> Iterator[Frame]:
         for path in paths:
             try:
-                if path.suffix.lower() in VIDEO_SUFFIXES:
-                    yield from _read_video(str(path), str(path), channels, stride, source.problems)
+                if _is_video(path):
+                    yield from _read_video(str(path), str(path), channels, stride, source)
                 else:
                     yield Frame(image=read_image(path, channels), path=str(path))
             except UserError as error:
@@ -115,60 +138,52 @@ def _files(text: str, paths: list[Path], channels: int, stride: int) -> Source:
                 source.problems.append(str(error))
 
     source.frames = frames()
-    if len(paths) == 1 and not stills:
-        source.total = _frame_count(paths[0], stride)
     return source
 
 
-def _video(address: str | int, name: str, channels: int, stride: int) -> Source:
-    """A camera or stream; opened at once, so that a refusal is an error and not an empty result."""
-    source = Source(name, iter(()), None)
+def _read_video(address: str | int, name: str, channels: int, stride: int, source: Source) -> Iterator[Frame]:
+    """Frames until the end; notes it in ``source`` when there are fewer than the container promised."""
     capture = _open(address, name)
-    source.frames = _read_video(address, name, channels, stride, source.problems, capture)
-    return source
-
-
-def _open(address: str | int, name: str) -> cv2.VideoCapture:
-    capture = cv2.VideoCapture(address)
-    if not capture.isOpened():
-        kind = "the camera" if isinstance(address, int) else "the stream" if "://" in address else "the video"
-        raise UserError(name, f"{kind} does not open", "is it there, readable, and in a format OpenCV decodes?")
-    return capture
-
-
-def _frame_count(path: Path, stride: int) -> int | None:
-    capture = cv2.VideoCapture(str(path))
-    count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-    capture.release()
-    return math.ceil(count / stride) if count > 0 else None
-
-
-def _read_video(address, name, channels, stride, problems, capture=None) -> Iterator[Frame]:
-    """Frames until the end; says so when there are fewer than the container promised."""
-    capture = capture or _open(address, name)
     try:
         fps = capture.get(cv2.CAP_PROP_FPS)
         fps = fps if 1 <= fps <= 1000 else DEFAULT_FPS  # NaN, 0 and 90000 occur
-        promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        total = promised if promised > 0 else None
+        promised = 0 if source.live else int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        if source.num_files == 1 and promised > 0:
+            source.total = math.ceil(promised / stride)
         number, colour = 0, cv2.COLOR_BGR2RGB if channels == 3 else cv2.COLOR_BGR2GRAY
         while capture.grab():
             if number % stride == 0:
                 read, image = capture.retrieve()
                 if not read:
                     break
-                image = cv2.cvtColor(image, colour)
-                yield Frame(
-                    image=image if channels == 3 else image[..., None],
-                    path=name,
-                    number=number,
-                    fps=fps / stride,
-                    total=total,
-                )
+                image = cv2.cvtColor(image, colour).reshape(*image.shape[:2], channels)
+                yield Frame(image=image, path=name, number=number, fps=fps / stride)
             number += 1
-        if total is not None and number < total:
-            problems.append(f"{name}: ends early: {number} of the {total} frames its header promises could be read")
-        if total is None and isinstance(address, str) and "://" in address:
-            problems.append(f"{name}: the stream ended at {time.strftime('%H:%M:%S')} after {number} frames")
     finally:
         capture.release()
+    if number == 0:
+        raise UserError(name, "opens, but not one frame of it can be decoded")
+    if promised - number > max(1, SLACK * promised):
+        source.problems.append(f"{name}: ends early: {number} of the {promised} frames its header promises can be read")
+    if source.live:
+        source.problems.append(f"{name}: ended at {time.strftime('%H:%M:%S')} after {number} frames")
+
+
+def _open(address: str | int, name: str) -> cv2.VideoCapture:
+    if isinstance(address, str) and "://" not in address and not Path(address).is_file():
+        raise UserError(name, "no such file")
+    level = logging.getLogLevel()
+    logging.setLogLevel(
+        logging.LOG_LEVEL_SILENT
+    )  # its reasons would surround ours; FFmpeg's own line, which is to the point, still comes
+    try:
+        if isinstance(address, str) and "://" in address:
+            timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT]
+            capture, kind = cv2.VideoCapture(address, cv2.CAP_FFMPEG, timeouts), "stream"
+        else:
+            capture, kind = cv2.VideoCapture(address), "camera" if isinstance(address, int) else "video"
+    finally:
+        logging.setLogLevel(level)
+    if not capture.isOpened():
+        raise UserError(name, f"the {kind} does not open", "is it there, readable, and in a format OpenCV decodes?")
+    return capture

@@ -5,4 +5,13 @@ from utils.metrics.detection_metrics import DetectionMetrics
 from utils.metrics.evaluation import Evaluation
 from utils.metrics.ranked import RANK_RULES
 
-__all__ = ["AREA_RANGES", "IOU_THRESHOLDS", "RANK_RULES", "RECALL_POINTS", "DetectionMetrics", "Evaluation"]
+PROTOCOLS = ("coco", *RANK_RULES)
+__all__ = [
+    "AREA_RANGES",
+    "IOU_THRESHOLDS",
+    "PROTOCOLS",
+    "RANK_RULES",
+    "RECALL_POINTS",
+    "DetectionMetrics",
+    "Evaluation",
+]

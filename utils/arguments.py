@@ -1,0 +1,78 @@
+"""Flags that several scripts share, and types that refuse a wrong value at once. No heavy import: --help is quick."""
+
+import argparse
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
+
+
+def add_network(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which network, and how it computes."""
+    group = parser.add_argument_group("network")
+    group.add_argument("--weights", required=True, metavar="FILE", help="checkpoint (.safetensors), .weights or .pt")
+    group.add_argument("--cfg", metavar="FILE", help="the network; a checkpoint knows its own")
+    group.add_argument("--device", default="", help="cpu, 0, ... (default: the first GPU, else the CPU)")
+    group.add_argument(
+        "--precision", default="float32", choices=["auto", "float32", "bf16", "fp16"], help="default: float32, exact"
+    )
+    group.add_argument("--half", dest="precision", action="store_const", const="fp16", help="same as --precision fp16")
+    return group
+
+
+def add_resize(group: argparse._ArgumentGroup) -> None:
+    """How pictures become the network's input."""
+    group.add_argument(
+        "--img-size",
+        "--imgsz",
+        "--img",
+        type=count,
+        nargs="+",
+        metavar="N",
+        help="input height [width] (default: the cfg's)",
+    )
+    group.add_argument(
+        "--resize", choices=["letterbox", "stretch"], help="how a picture is fitted (default: letter_box of the cfg)"
+    )
+
+
+def add_thresholds(parser: argparse.ArgumentParser, *, conf_thres: float, iou_thres: float) -> argparse._ArgumentGroup:
+    """What counts as found."""
+    group = parser.add_argument_group("what counts as found")
+    group.add_argument("--conf-thres", type=fraction, default=conf_thres, help=f"least score (default: {conf_thres})")
+    group.add_argument(
+        "--iou-thres",
+        type=fraction,
+        default=iou_thres,
+        help=f"overlap above which the lower score is suppressed (default: {iou_thres})",
+    )
+    group.add_argument("--max-det", type=count, default=300, metavar="N", help="per picture (default: 300)")
+    group.add_argument("--agnostic-nms", action="store_true", help="suppress across classes")
+    return group
+
+
+def add_output(parser: argparse.ArgumentParser, project: str) -> argparse._ArgumentGroup:
+    """Where results go, and the label files every script can write."""
+    group = parser.add_argument_group("what is written")
+    group.add_argument("--project", default=project, metavar="DIR", help=f"default: {project}")
+    group.add_argument("--name", default="exp", help="folder below --project; exp2, exp3, ... if taken")
+    group.add_argument(
+        "--exist-ok", action="store_true", help="write into an existing folder (nothing in it is deleted)"
+    )
+    group.add_argument("--save-txt", action="store_true", help="labels/*.txt: class cx cy w h")
+    group.add_argument("--save-conf", action="store_true", help="label files with the score as sixth column")
+    return group
