@@ -132,7 +132,7 @@ def train(args: argparse.Namespace, device) -> None:
     with distributed.main_first():
         data = read_splits(args.data, single_cls=args.single_cls)
     model, size, cfg = build_network(args, cfg, data.names, resumed)
-    criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp)
+    criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp, model.heads)
     train_loader, val_loader = build_loaders(
         data,
         recipe.augment,

@@ -1,4 +1,4 @@
-"""Heads: what the raw map in front of a ``[yolo]``, ``[Gaussian_yolo]`` or ``[region]`` section says, slot by slot.
+"""Heads: what the raw maps in front of a head's section say, slot by slot.
 
 Letters: B images, A anchors of this head, V values per anchor, C classes, P = A * h * w slots, h w rows and columns.
 
@@ -7,6 +7,7 @@ in front of it (new_coords). ``decode`` follows Darknet (darknet-format, section
 head is one class and one row in ``HEADS``.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,63 +15,47 @@ import torch
 from torch import Tensor, nn
 
 from models.cfg import head_anchors, head_mask
-from models.coders import Coder, SigmoidExp, SigmoidSquare
+from models.coders import Coder, CornerOffsetExp, SigmoidExp, SigmoidSquare
 from models.structures import Grid, Predictions, Priors
 
 OBJECTNESS_BIAS = -4.5  # sigmoid 0.011: most slots are background (YOLOv3 archive)
+RARE_BIAS = -math.log(99)  # sigmoid 0.01 (RetinaNet)
 
 
-class YoloHead(nn.Module):
-    """``[yolo]``: per anchor x, y, w, h, objectness, classes; all independent sigmoids but the size.
+class Head(nn.Module):
+    """What all heads share: a raw map [B, A * V, h, w] in, Predictions of A * h * w slots out.
 
     Attributes:
-        anchors: float [A, 2], width and height in pixels of the network's input, of this head.
-        all_anchors: float [num, 2]: the whole table of the cfg, of which ``mask`` picks this head's rows.
         num_classes, coder, section: the last is the cfg's, for the keys that only training reads.
+        offers: what an assigner or a loss may need of a head (its ``needs``): ``anchors``, ``objectness`` logits, the
+            ``[yolo] training keys``.
     """
 
+    offers = frozenset({"objectness"})
+    num_anchors = 1
     num_box_values = 5  # channels of an anchor before its class logits
     objectness = 4  # which of them is the objectness
-    bias_classes = True
 
-    def __init__(
-        self, *, anchors: Sequence[tuple[float, float]], mask: Sequence[int], num_classes: int, coder: Coder, section
-    ):
+    def __init__(self, *, num_classes: int, coder: Coder, section):
         super().__init__()
-        self.anchor_table = tuple(anchors[row] for row in mask)
-        self.mask, self.num_classes, self.coder, self.section = tuple(mask), num_classes, coder, section
-        self.register_buffer("anchors", torch.tensor(self.anchor_table), persistent=False)
-        self.register_buffer("all_anchors", torch.tensor(list(anchors)), persistent=False)
-
-    @classmethod
-    def from_spec(cls, spec) -> "YoloHead":
-        """The head of a layer of the graph, which has checked that the map in front of it has A * V channels."""
-        section = spec.section
-        scale_x_y = section.float("scale_x_y", 1.0)
-        coder = SigmoidSquare(scale_x_y) if section.flag("new_coords") else SigmoidExp(scale_x_y)
-        return cls.of(section, coder)
-
-    @classmethod
-    def of(cls, section, coder: Coder) -> "YoloHead":
-        """The head of a section whose boxes are coded so. Errors: anchors or mask that cannot be."""
-        anchors, mask = head_anchors(section), head_mask(section)
-        return cls(anchors=anchors, mask=mask, num_classes=section.int("classes"), coder=coder, section=section)
-
-    @property
-    def num_anchors(self) -> int:
-        return len(self.anchor_table)
+        self.num_classes, self.coder, self.section = num_classes, coder, section
 
     @property
     def num_values(self) -> int:
         return self.num_box_values + self.num_classes
 
-    def forward(self, raw: Tensor) -> Tensor:
-        """The raw map as it is: training, inference and export all start from it."""
-        return raw
+    def forward(self, *maps: Tensor) -> Tensor:
+        """The raw map: training, inference and export all start from it. A head that reads several joins them."""
+        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+
+    def sizes(self, stride: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+        """Width and height, pixels, of what each of the A slots of a cell stands for: without anchors, the cell."""
+        return (stride,)
 
     def priors(self, grid: tuple[int, int], size: tuple[int, int], device=None, dtype=torch.float32) -> Priors:
         """The P slots of a ``grid`` (h, w) on an input of ``size`` (height, width) pixels; both give the stride."""
-        return _priors(self.anchor_table, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
+        sizes = self.sizes((size[1] / grid[1], size[0] / grid[0]))
+        return _priors(sizes, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
 
     def decode(self, raw: Tensor, size: tuple[int, int]) -> Predictions:
         """Raw map [B, A * V, h, w] of an input of ``size`` (height, width) -> Predictions of P slots.
@@ -103,6 +88,47 @@ class YoloHead(nn.Module):
         """A further factor [B, P] of the score, from values [B, A, h, w, V]."""
         return None
 
+
+class YoloHead(Head):
+    """``[yolo]``: per anchor x, y, w, h, objectness, classes; all independent sigmoids but the size.
+
+    Attributes:
+        anchors: float [A, 2], width and height in pixels of the network's input, of this head.
+        all_anchors: float [num, 2]: the whole table of the cfg, of which ``mask`` picks this head's rows.
+    """
+
+    offers = frozenset({"anchors", "objectness", "[yolo] training keys"})
+    bias_classes = True
+
+    def __init__(
+        self, *, anchors: Sequence[tuple[float, float]], mask: Sequence[int], num_classes: int, coder: Coder, section
+    ):
+        super().__init__(num_classes=num_classes, coder=coder, section=section)
+        self.anchor_table, self.mask = tuple(anchors[row] for row in mask), tuple(mask)
+        self.register_buffer("anchors", torch.tensor(self.anchor_table), persistent=False)
+        self.register_buffer("all_anchors", torch.tensor(list(anchors)), persistent=False)
+
+    @classmethod
+    def from_spec(cls, spec) -> "YoloHead":
+        """The head of a layer of the graph, which has checked that the map in front of it has A * V channels."""
+        section = spec.section
+        scale_x_y = section.float("scale_x_y", 1.0)
+        coder = SigmoidSquare(scale_x_y) if section.flag("new_coords") else SigmoidExp(scale_x_y)
+        return cls.of(section, coder)
+
+    @classmethod
+    def of(cls, section, coder: Coder) -> "YoloHead":
+        """The head of a section whose boxes are coded so. Errors: anchors or mask that cannot be."""
+        anchors, mask = head_anchors(section), head_mask(section)
+        return cls(anchors=anchors, mask=mask, num_classes=section.int("classes"), coder=coder, section=section)
+
+    @property
+    def num_anchors(self) -> int:
+        return len(self.anchor_table)
+
+    def sizes(self, stride: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+        return self.anchor_table
+
     @torch.no_grad()
     def init_bias(self, bias: Tensor) -> None:
         """Set the bias [A * V] of the convolution before the head, in place: rare objects, rare classes.
@@ -122,6 +148,7 @@ class GaussianYoloHead(YoloHead):
     The score is also multiplied by 1 - mean sigma; ``deltas`` are the four means.
     """
 
+    offers = frozenset({"anchors", "objectness"})
     num_box_values = 9
     objectness = 8
 
@@ -143,6 +170,7 @@ class RegionHead(YoloHead):
     Here ``anchors`` and ``all_anchors`` stay in cells; priors are in pixels as everywhere.
     """
 
+    offers = frozenset({"anchors", "objectness"})
     bias_classes = False  # a softmax has no rare class
 
     @classmethod
@@ -156,16 +184,32 @@ class RegionHead(YoloHead):
                 raise section.error(f"[region] needs {key}={only}, found {section.int(key, default)}", key)
         return cls.of(section, SigmoidExp())
 
-    def priors(self, grid: tuple[int, int], size: tuple[int, int], device=None, dtype=torch.float32) -> Priors:
-        stride = (size[1] / grid[1], size[0] / grid[0])
-        in_pixels = tuple((width * stride[0], height * stride[1]) for width, height in self.anchor_table)
-        return _priors(in_pixels, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
+    def sizes(self, stride: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+        return tuple((width * stride[0], height * stride[1]) for width, height in self.anchor_table)
 
     def class_logits(self, logits: Tensor) -> Tensor:
         return softmax_logits(logits)
 
 
-HEADS = {"yolo": YoloHead, "Gaussian_yolo": GaussianYoloHead, "region": RegionHead}
+class YoloxHead(Head):
+    """``[yolox]``: one slot per cell, no anchors; boxes, objectness and classes come from a layer each (``from``).
+
+    The decoupled convolutions stand in the cfg as ordinary layers. Raw map: x, y in cells from the cell's corner, log w
+    and h in cells, objectness, classes. YOLOX (Ge et al. 2021), section 2.1.
+    """
+
+    @classmethod
+    def from_spec(cls, spec) -> "YoloxHead":
+        return cls(num_classes=spec.section.int("classes"), coder=CornerOffsetExp(), section=spec.section)
+
+    @torch.no_grad()
+    def init_bias(self, boxes: Tensor, objectness: Tensor, classes: Tensor) -> None:
+        """Set the biases [4], [1], [C] in place: probabilities of 0.01, as YOLOX and RetinaNet."""
+        objectness.fill_(RARE_BIAS)
+        classes.fill_(RARE_BIAS)
+
+
+HEADS = {"yolo": YoloHead, "Gaussian_yolo": GaussianYoloHead, "region": RegionHead, "yolox": YoloxHead}
 
 
 def softmax_logits(logits: Tensor) -> Tensor:

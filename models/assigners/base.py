@@ -3,7 +3,7 @@
 Letters: B images, N objects, P slots, K rows, A anchors of a head, R ignore regions.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ class Assigner(Protocol):
     * rows in a fixed order that does not depend on the device;
     * no gradient (``build_targets`` sees to it);
     * a slot that answers for an object is never ignored, even inside an ignore region.
+
+    ``needs`` names what every head must offer (``offers`` of ``models.heads``); ``build_criterion`` refuses the others. A
+    field ``num_classes`` or ``heads`` is no recipe key: ``build_criterion`` fills it in.
     """
+
+    needs: ClassVar[tuple[str, ...]]
 
     def __call__(self, preds: Predictions, targets: Targets) -> Assignment: ...
 

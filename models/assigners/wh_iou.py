@@ -4,6 +4,7 @@ Letters: N objects, A anchors of a head, K = sum over the heads of A * N rows.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,8 @@ class WhIoU:
     Source: ultralytics/yolov3 archive, ``build_targets``. Unlike its tag v7, a centre on the right or lower border
     belongs to the last cell instead of crashing.
     """
+
+    needs: ClassVar = ("anchors",)
 
     iou_t: float = 0.20  # in 0..1; strictly above
 

@@ -1,6 +1,7 @@
 """Assigner and loss as one thing to train against, and the step that data-parallel training wraps."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -56,33 +57,52 @@ class TrainStep(nn.Module):
         return compute_loss(self.model(images), targets, self.model, self.criterion, images.shape[-2:])
 
 
-def build_criterion(assigner: Mapping, loss: Mapping, num_classes: int, where: object = "recipe") -> Criterion:
-    """A criterion from the ``assigner`` and ``loss`` sections of a recipe.
+def build_criterion(
+    assigner: Mapping, loss: Mapping, num_classes: int, where: object = "recipe", heads: Iterable[nn.Module] = ()
+) -> Criterion:
+    """A criterion from the ``assigner`` and ``loss`` sections of a recipe, for a network with these heads.
 
     Args:
         assigner, loss: ``name`` (a row of ``ASSIGNERS``, ``LOSSES``) and what that one takes.
-        num_classes: of the network; every loss is told.
+        num_classes: of the network.
         where: the recipe's file, for errors about a key whose line is not known.
+        heads: of the network. An assigner or loss whose signature names ``num_classes`` or ``heads`` is told.
 
     Raises:
-        UserError: an unknown name, a key that the chosen one never reads, a value of the wrong type or out of range.
+        UserError: an unknown name, a key that the chosen one never reads, a value of the wrong type or out of range; at
+            the cfg's line: a head that has not what the chosen one ``needs``.
     """
-    if "num_classes" in loss:
-        raise UserError(_place(loss, "num_classes", where), "num_classes comes from the data, not from a recipe")
-    facts = {"num_classes": num_classes}
+    facts = {"num_classes": num_classes, "heads": tuple(heads)}
     return Criterion(
-        _choose("assigner", ASSIGNERS, assigner, {}, where),
+        _choose("assigner", ASSIGNERS, assigner, facts, where),
         _choose("loss", LOSSES, loss, facts, where),
     )
+
+
+SOURCES = {"num_classes": "the data", "heads": "the cfg"}  # of what a recipe may not say
 
 
 def _choose(kind: str, known: Mapping, section: Mapping, facts: dict, where: object):
     name = section.get("name")
     if name not in known:
         raise UserError(_place(section, "name", where), f"unknown {kind} '{name}'", nearest(name, known))
+    for key, source in SOURCES.items():
+        if key in section:
+            raise UserError(_place(section, key, where), f"{key} comes from {source}, not from a recipe")
+    _check_needs(kind, name, known[name], facts["heads"])
     options = {key: value for key, value in section.items() if key != "name"}
+    asked = {key: fact for key, fact in facts.items() if key in inspect.signature(known[name]).parameters}
     places = getattr(section, "places", {})
-    return build(known[name], Located({**options, **facts}, places=places), f"{where}: {kind} {name}")
+    return build(known[name], Located({**options, **asked}, places=places), f"{where}: {kind} {name}")
+
+
+def _check_needs(kind: str, name: str, chosen: type, heads: Iterable[nn.Module]) -> None:
+    """Every head must offer all that the chosen assigner or loss needs."""
+    for head in heads:
+        for need in getattr(chosen, "needs", ()):
+            if need not in head.offers:
+                message = f"{kind} '{name}' needs {need}, which [{head.section.type}] does not have"
+                raise head.section.error(message, hint=f"choose another {kind}, or another head")
 
 
 def _place(section: Mapping, key: str, where: object) -> object:

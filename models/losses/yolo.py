@@ -43,6 +43,8 @@ class YoloLoss(nn.Module):
     batch and is not applied here.
     """
 
+    needs = ("objectness",)
+
     def __init__(
         self,
         *,
