@@ -245,10 +245,11 @@ def _cut_comment(line: str) -> tuple[str, str]:
 
 # ---- heads: how many channels they need, and another number of classes
 
-HEAD_VALUES = {  # channels of one anchor beside its classes
-    "yolo": lambda section: 5,  # x, y, w, h, objectness
-    "Gaussian_yolo": lambda section: 9,  # a sigma for each of x, y, w, h
-    "region": lambda section: section.int("coords", 4) + 1,
+HEAD_FILTERS = {  # channels of each layer that a head reads, for so many classes
+    "yolo": lambda section, classes: (len(head_mask(section)) * (5 + classes),),  # x, y, w, h, objectness
+    "Gaussian_yolo": lambda section, classes: (len(head_mask(section)) * (9 + classes),),  # a sigma for each of them
+    "region": lambda section, classes: (len(head_mask(section)) * (section.int("coords", 4) + 1 + classes),),
+    "yolox": lambda section, classes: (4, 1, classes),  # boxes, objectness, classes: a layer each, named by from=
 }
 KEEPS_CHANNELS = ("activation", "batchnorm", "dropout", "empty", "local_avgpool", "maxpool", "shortcut", "upsample")
 
@@ -285,15 +286,20 @@ def head_mask(section: Section) -> tuple[int, ...]:
     return mask
 
 
-def head_filters(section: Section, num_classes: int | None = None) -> int:
-    """How many channels a head reads: anchors * (classes + values of its kind)."""
-    num_classes = section.int("classes") if num_classes is None else num_classes
-    return len(head_mask(section)) * (num_classes + HEAD_VALUES[section.type](section))
+def head_filters(section: Section, num_classes: int | None = None) -> tuple[int, ...]:
+    """How many channels a head needs of each layer it reads; of an anchor head anchors * (classes + values)."""
+    return HEAD_FILTERS[section.type](section, section.int("classes") if num_classes is None else num_classes)
+
+
+def head_sources(cfg: Cfg, index: int) -> tuple[int, ...]:
+    """The layers that head ``index`` reads: those of ``from`` where it reads several, else the one before it."""
+    section = cfg.layers[index]
+    numbers = section.ints("from") if len(head_filters(section)) > 1 else (-1,)
+    return tuple(index + number if number < 0 else number for number in numbers)
 
 
 def feeding_convolution(cfg: Cfg, index: int) -> Section | None:
-    """The convolution whose ``filters`` decide the channels that layer ``index`` reads; None where there is none."""
-    index -= 1
+    """The convolution whose ``filters`` decide the channels that layer ``index`` makes; None where there is none."""
     while index >= 0:
         section = cfg.layers[index]
         if section.type == "convolutional":
@@ -318,14 +324,15 @@ def adapt_classes(cfg: Cfg, num_classes: int) -> tuple[Cfg, list[str]]:
         raise cfg.net.error(f"{num_classes} classes, expected at least 1")
     changes = []
     for index, section in enumerate(cfg.layers):
-        if section.type in HEAD_VALUES:
-            convolution = feeding_convolution(cfg, index)
-            if convolution is None:
-                raise section.error(f"no convolution feeds this [{section.type}]: its channels cannot be adapted")
-            changes.append((convolution, "filters", head_filters(section, num_classes)))
+        if section.type in HEAD_FILTERS:
+            for source, filters in zip(head_sources(cfg, index), head_filters(section, num_classes)):
+                convolution = feeding_convolution(cfg, source)
+                if convolution is None:
+                    raise section.error(f"no convolution feeds this [{section.type}]: its channels cannot be adapted")
+                changes.append((convolution, "filters", filters))
             changes.append((section, "classes", num_classes))
     if not changes:
-        raise cfg.net.error("no detection head to adapt", hint=f"known: {', '.join(HEAD_VALUES)}")
+        raise cfg.net.error("no detection head to adapt", hint=f"known: {', '.join(HEAD_FILTERS)}")
     changes = [change for change in changes if change[0].str(change[1], "1") != str(change[2])]
     lines = []
     for section, key, value in changes:

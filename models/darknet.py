@@ -163,8 +163,8 @@ class Darknet(nn.Module):
             self.layers[before.index].activation = ACTIVATIONS["linear"]
 
     def _init_heads(self) -> None:
-        """Let every head say how the bias of the convolution before it starts."""
+        """Let every head say how the biases of the convolutions before it start."""
         for index in self.graph.heads:
-            before = self.layers[self.graph.layers[index].inputs[0]]
-            if isinstance(before, Convolutional) and before.conv.bias is not None:
-                self.layers[index].init_bias(before.conv.bias)
+            before = [self.layers[source] for source in self.graph.layers[index].inputs]
+            if all(isinstance(layer, Convolutional) and layer.conv.bias is not None for layer in before):
+                self.layers[index].init_bias(*(layer.conv.bias for layer in before))

@@ -10,7 +10,7 @@ import difflib
 from dataclasses import dataclass, replace
 
 from models.cfg import Cfg, feeding_convolution, head_anchors, head_filters
-from models.rules import ANY, HEADS, NET, REFUSED, SECTIONS, Rule
+from models.rules import ANY, HEADS, NET, READS, REFUSED, SECTIONS, Rule
 from models.section import CfgError, Problem, Section, clip, raise_errors
 from models.shapes import LayerSpec, Shape
 
@@ -183,12 +183,9 @@ class _Walk:
 
     def _inputs(self, index: int, section: Section, reads: str) -> tuple[int, ...]:
         """Absolute indices of what the layer reads; -1 is the image."""
-        if reads == "nothing":
-            return ()
-        if reads == "previous":
-            return (index - 1,)
-        named = tuple(self._absolute(index, section, reads, number) for number in section.ints(reads))
-        return named if reads == "layers" else (index - 1, *named)
+        key, previous = READS[reads]
+        named = [self._absolute(index, section, key, number) for number in (section.ints(key) if key else ())]
+        return (*([index - 1] if previous else []), *named)
 
     def _absolute(self, index: int, section: Section, key: str, number: int) -> int:
         absolute = index + number if number < 0 else number
@@ -219,16 +216,25 @@ class _Walk:
         section, spec = self.cfg.layers[index], self.specs[index]
         if spec is None:
             return
-        convolution = feeding_convolution(self.cfg, index)
-        needed, found = head_filters(section), spec.shape[0]
-        if found != needed and convolution is None:
-            raise section.error(
-                f"[{section.type}] reads {found} channels, needs {needed}", hint="a convolution before it"
-            )
-        if found != needed:
-            message = f"filters={convolution.int('filters')}, [{section.type}] line {section.line} needs {needed}"
-            key = "filters" if "filters" in convolution else None
-            self._note(convolution, message, "anchors in mask * (classes + values)", key, fix=f"filters={needed}")
+        for source, shape, needed in zip(spec.inputs, spec.in_shapes, head_filters(section)):
+            self._check_filters(section, source, shape[0], needed)
+        if "anchors" in section:
+            self._check_anchors(section)
+        if section.flag("new_coords"):
+            self._check_logistic(section, self.cfg.layers[index - 1])
+
+    def _check_filters(self, head: Section, source: int, found: int, needed: int) -> None:
+        if found == needed:
+            return
+        convolution = feeding_convolution(self.cfg, source)
+        if convolution is None:
+            raise head.error(f"[{head.type}] reads {found} channels, needs {needed}", hint="a convolution before it")
+        message = f"filters={convolution.int('filters')}, [{head.type}] line {head.line} needs {needed}"
+        hint = "anchors in mask * (classes + values)" if "anchors" in head else "boxes 4, objectness 1, classes"
+        key = "filters" if "filters" in convolution else None
+        self._note(convolution, message, hint, key, fix=f"filters={needed}")
+
+    def _check_anchors(self, section: Section) -> None:
         pairs, num = len(head_anchors(section)), section.int("num")
         if pairs > num:
             found = f"{pairs} anchors, but num={num}: mask may name all of them"
@@ -236,8 +242,6 @@ class _Walk:
             self._note(section, found, "Darknet reads past its table", "num", "warning", fix)
         if section.type != "region" and "mask" not in section:
             self._note(section, f"no mask: all {section.int('num')} anchors", severity="warning")
-        if section.flag("new_coords"):
-            self._check_logistic(section, self.cfg.layers[index - 1])
 
     def _check_logistic(self, head: Section, before: Section) -> None:
         """A head with new_coords has no sigmoid of its own: the convolution right before it must have it."""

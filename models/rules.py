@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from models import shapes
-from models.cfg import HEAD_VALUES
+from models.cfg import HEAD_FILTERS
 
 ACTIVATIONS = (
     *("linear", "leaky", "relu", "relu6", "relie", "ramp", "elu", "selu", "gelu", "tanh", "loggy", "hardtan", "lhtan"),
@@ -65,7 +65,7 @@ class Rule:
     infer: Callable = shapes.same
     keys: dict[str, Callable] = field(default_factory=dict)
     required: tuple[str, ...] = ()
-    reads: str = "previous"  # "previous" | "layers" (those only) | "from" (the previous one and those) | "nothing"
+    reads: str = "previous"  # a key of READS
     said: dict[str, str] = field(default_factory=dict)
     other: str = ""
 
@@ -75,6 +75,13 @@ class Rule:
         return frozenset([*self.keys, *self.other.split(), *ANY.keys, *ANY.other.split()])
 
 
+READS: dict[str, tuple[str | None, bool]] = {  # the key that names layers, and whether the previous one comes first
+    "nothing": (None, False),
+    "previous": (None, True),
+    "layers": ("layers", False),
+    "from": ("from", True),
+    "only from": ("from", False),
+}
 ANY = Rule(  # keys of any layer
     keys=keys(whole="stopbackward dontload dontloadscales"),
     other="onlyforward dont_update burnin_update train_only_bn clip learning_rate",
@@ -94,6 +101,7 @@ HEAD = keys(
     "obj_normalizer cls_normalizer delta_normalizer uc_normalizer label_smooth_eps beta_nms beta1 thresh scale_x_y",
     iou="iou_loss iou_thresh_kind",
 ) | {"nms_kind": one_of("default", "greedynms", "diounms", "cornersnms")}
+POINT_HEAD = keys(wholes="from", count="classes", number="beta_nms") | {"nms_kind": HEAD["nms_kind"]}
 HEAD_REQUIRED = ("classes", "anchors", "num")
 TRACKING = "map show_details embedding_layer track_history_size sim_thresh dets_for_track dets_for_show track_ciou_norm"
 
@@ -184,8 +192,9 @@ SECTIONS: dict[str, Rule] = {
         required=HEAD_REQUIRED,
         other="tree map sqrt",
     ),
+    "yolox": Rule(infer=shapes.head, keys=POINT_HEAD, required=("from", "classes"), reads="only from"),
 }
-HEADS = tuple(HEAD_VALUES)
+HEADS = tuple(HEAD_FILTERS)
 
 REFUSED = {
     "rnn": "a recurrent layer",

@@ -235,6 +235,11 @@ def implicit(section, inputs):
 
 
 def head(section, inputs):
-    """Anchors and mask are sound; that the channels fit is checked where the feeding convolution is known."""
-    head_filters(section)
-    return Made(inputs[0].shape)
+    """The maps it reads as one. That their channels fit is checked where the feeding convolutions are known."""
+    needed = len(head_filters(section))
+    if len(inputs) != needed:
+        found = f"from names {len(inputs)} layers, [{section.type}] reads {needed}"
+        raise section.error(found, "from", "from = boxes, objectness, classes")
+    if len({i.shape[1:] for i in inputs}) > 1:
+        raise mismatch(section, inputs, "from", "the maps of a head differ in height or width")
+    return Made((sum(i.shape[0] for i in inputs), *inputs[0].shape[1:]))

@@ -226,11 +226,11 @@ def test_anchor_table_of_a_missing_comma(data_dir):
 
 def test_head_filters():
     head = parse_cfg(CLEAN).layers[2]
-    assert head_mask(head) == (0, 1, 2) and head_filters(head) == 21 and head_filters(head, 80) == 255
+    assert head_mask(head) == (0, 1, 2) and head_filters(head) == (21,) and head_filters(head, 80) == (255,)
     region = parse_cfg("[net]\n[region]\nanchors=1,1, 2,2\nnum=2\nclasses=3\ncoords=4\n").layers[0]
-    assert head_filters(region) == 16
+    assert head_filters(region) == (16,)
     gaussian = parse_cfg(CLEAN.replace("[yolo]", "[Gaussian_yolo]")).layers[2]
-    assert head_filters(gaussian) == 33
+    assert head_filters(gaussian) == (33,)
 
 
 def test_adapt_classes_on_every_network_with_a_head(data_dir):
