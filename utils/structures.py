@@ -91,13 +91,21 @@ class Targets:
     boxes: Tensor  # float32 [N, 4] xyxy
     ignore_image: Tensor  # int64 [R]
     ignore_boxes: Tensor  # float32 [R, 4] xyxy
+    max_per_image: int  # objects of the fullest picture: sizes tables on the device without asking it
 
     @classmethod
     def of(cls, image, labels, boxes, ignore_image=None, ignore_boxes=None) -> "Targets":
-        """Targets without ignore regions unless they are given."""
+        """Targets without ignore regions unless they are given. Counts objects, hence for tensors of the host."""
         if ignore_image is None:
             ignore_image, ignore_boxes = image.new_zeros(0), boxes.new_zeros(0, 4)
-        return cls(image=image, labels=labels, boxes=boxes, ignore_image=ignore_image, ignore_boxes=ignore_boxes)
+        return cls(
+            image=image,
+            labels=labels,
+            boxes=boxes,
+            ignore_image=ignore_image,
+            ignore_boxes=ignore_boxes,
+            max_per_image=int(image.bincount().max()) if len(image) else 0,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,11 +114,14 @@ class Targets:
         return Targets(**{name: _to(value, *args, **kwargs) for name, value in vars(self).items()})
 
     def pin_memory(self) -> "Targets":
-        return Targets(**{name: value.pin_memory() for name, value in vars(self).items()})
+        pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **pinned)
 
 
-def _to(tensor: Tensor, device=None, dtype=None, non_blocking: bool = False) -> Tensor:
+def _to(tensor: Tensor | int, device=None, dtype=None, non_blocking: bool = False) -> Tensor | int:
     """Move a tensor; a dtype applies to floating-point tensors only (indices stay integers)."""
+    if isinstance(tensor, int):
+        return tensor
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)
 
 

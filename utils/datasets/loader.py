@@ -192,7 +192,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     boxes, labels, ignore = (
         np.concatenate([getattr(sample, name) for sample in samples]) for name in ("boxes", "labels", "ignore")
     )
-    targets = Targets(
+    targets = Targets.of(
         image=torch.from_numpy(number[~ignore]),
         labels=torch.from_numpy(labels[~ignore]),
         boxes=torch.from_numpy(boxes[~ignore]),
