@@ -1,8 +1,9 @@
 """Who answers for whom: one file per rule, one row here."""
 
 from models.assigners.base import Assigner, build_targets
+from models.assigners.rpn import RPN
 from models.assigners.wh_iou import WhIoU
 
-ASSIGNERS: dict[str, type[Assigner]] = {"wh_iou": WhIoU}
+ASSIGNERS: dict[str, type[Assigner]] = {"wh_iou": WhIoU, "rpn": RPN}
 
 __all__ = ["ASSIGNERS", "Assigner", "build_targets"]

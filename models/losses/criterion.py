@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.assigners import ASSIGNERS, Assigner, build_targets
+from models.losses.rcnn import RCNNLoss
 from models.losses.yolo import YoloLoss
 from models.structures import Predictions
 from utils.boxes import at_least_float32
@@ -14,7 +15,7 @@ from utils.config import Located, build
 from utils.errors import UserError, nearest
 from utils.structures import Targets
 
-LOSSES: dict[str, type[nn.Module]] = {"yolo": YoloLoss}
+LOSSES: dict[str, type[nn.Module]] = {"yolo": YoloLoss, "rcnn": RCNNLoss}
 
 
 class Criterion(nn.Module):
