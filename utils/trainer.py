@@ -47,7 +47,7 @@ class Trainer:
     ):
         self.train_step, self.optim, self.device, self.precision = train_step, optim, device, precision
         self.groups = list(split_evenly(num_batches, max(1, round(optim.nominal_batch / batch_size))))
-        self.epochs, self.epoch, self.step = epochs, 0, 0
+        self.batch_size, self.epochs, self.epoch, self.step = batch_size, epochs, 0, 0
         self.ema = EMA(train_step.model, decay=optim.ema_decay, tau=optim.ema_tau)
         self.optimizer = build_optimizer(train_step, optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
@@ -73,7 +73,7 @@ class Trainer:
             for position in group:
                 with self._maybe_quiet(position == group.stop - 1):
                     terms = self._forward(next(batches))
-                    self.scaler.scale(sum(terms.values()) / len(group)).backward()
+                    self.scaler.scale(sum(terms.values()) * self._share(group)).backward()
                 for name, term in terms.items():
                     totals[name] = totals.get(name, 0) + term.detach()
             self._move()
@@ -88,6 +88,10 @@ class Trainer:
         dtype = self.precision.autocast
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self.parallel(batch.images, batch.targets)
+
+    def _share(self, group: range) -> float:
+        """What a batch's loss, a mean over images, counts in its step, whose loss is a mean too or (YOLOv5) a sum."""
+        return self.batch_size if self.train_step.criterion.sums_images else 1 / len(group)
 
     def _maybe_quiet(self, is_last: bool):
         """Processes exchange gradients once per step, with its last batch."""

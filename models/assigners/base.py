@@ -25,8 +25,8 @@ class Assigner(Protocol):
     * no gradient (``build_targets`` sees to it);
     * a slot that answers for an object is never ignored, even inside an ignore region.
 
-    ``needs`` names what every head must offer (``offers`` of ``models.heads``); ``build_criterion`` refuses the others. A
-    field ``num_classes`` or ``heads`` is no recipe key: ``build_criterion`` fills it in.
+    ``needs`` names what every head must offer (``offers`` of ``models.heads``); ``build_criterion`` refuses the others.
+    A field ``num_classes`` or ``heads`` is no recipe key: ``build_criterion`` fills it in.
     """
 
     needs: ClassVar[tuple[str, ...]]

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from models.assigners import ASSIGNERS, Assigner, build_targets
 from models.losses.rcnn import RCNNLoss
 from models.losses.yolo import YoloLoss
+from models.losses.yolov5 import Yolov5Loss
 from models.structures import Predictions
 from utils.boxes import at_least_float32
 from utils.config import Located, build
 from utils.errors import UserError, nearest
 from utils.structures import Targets
 
-LOSSES: dict[str, type[nn.Module]] = {"yolo": YoloLoss, "rcnn": RCNNLoss}
+LOSSES: dict[str, type[nn.Module]] = {"yolo": YoloLoss, "rcnn": RCNNLoss, "yolov5": Yolov5Loss}
 
 
 class Criterion(nn.Module):
@@ -24,6 +25,11 @@ class Criterion(nn.Module):
     def __init__(self, assigner: Assigner, loss: nn.Module):
         super().__init__()
         self.assigner, self.loss = assigner, loss
+
+    @property
+    def sums_images(self) -> bool:
+        """Whether a step is taken on the sum over its images instead of their mean (YOLOv5)."""
+        return getattr(self.loss, "sums_images", False)
 
     def forward(self, preds: Predictions, targets: Targets) -> dict[str, Tensor]:
         return self.loss(preds, targets, build_targets(preds, targets, self.assigner))

@@ -20,14 +20,14 @@ def bce(logits: Tensor, targets: Tensor, pos_weight: float = 1.0) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), pos_weight=weight, reduction="none")
 
 
-def bce_blur(logits: Tensor, targets: Tensor, alpha: float = 0.05) -> Tensor:
+def bce_blur(logits: Tensor, targets: Tensor, alpha: float = 0.05, pos_weight: float = 1.0) -> Tensor:
     """BCE that forgives confident positives without a label: they may be objects nobody annotated.
 
     Times ``1 - exp((probability - target - 1) / alpha)``, which is 0 only where the probability is 1 and the target 0.
     Source: yolov5 v7.0, BCEBlurWithLogitsLoss, which always returns the mean of this; the factor keeps its gradient.
     """
     forgiven = torch.exp((at_least_float32(logits).sigmoid() - targets - 1) / (alpha + 1e-4))
-    return bce(logits, targets) * (1 - forgiven)
+    return bce(logits, targets, pos_weight) * (1 - forgiven)
 
 
 def focal(logits: Tensor, targets: Tensor, gamma: float = 1.5, alpha: float = 0.25, pos_weight: float = 1.0) -> Tensor:
@@ -42,13 +42,15 @@ def focal(logits: Tensor, targets: Tensor, gamma: float = 1.5, alpha: float = 0.
     return bce(logits, targets, pos_weight) * _alpha(targets, alpha) * _power(missing, gamma)
 
 
-def quality_focal(logits: Tensor, targets: Tensor, gamma: float = 1.5, alpha: float = 0.25) -> Tensor:
+def quality_focal(
+    logits: Tensor, targets: Tensor, gamma: float = 1.5, alpha: float = 0.25, pos_weight: float = 1.0
+) -> Tensor:
     """Quality focal loss: BCE times ``|target - probability|^gamma``, for targets that are themselves an IoU.
 
     Li et al. 2020, equation 1, with the alpha of yolov5 v7.0's QFocalLoss.
     """
     gap = (targets - at_least_float32(logits).sigmoid()).abs()
-    return bce(logits, targets) * _alpha(targets, alpha) * _power(gap, gamma)
+    return bce(logits, targets, pos_weight) * _alpha(targets, alpha) * _power(gap, gamma)
 
 
 def _alpha(targets: Tensor, alpha: float) -> Tensor:

@@ -3,6 +3,8 @@
 Letters: B images, P slots, K rows of the assignment, C classes, L levels (heads).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -74,8 +76,9 @@ class YoloLoss(nn.Module):
         self.num_classes = num_classes
         self.iou = IOUS[iou]
         self.gains = {"box": box, "obj": obj, "cls": cls * num_classes / 80}
-        self.cls_pw, self.obj_pw, self.fl_gamma = cls_pw, obj_pw, fl_gamma
-        self.gr, self.label_smoothing = gr, label_smoothing
+        self.cls_pw, self.obj_pw, self.gr, self.label_smoothing = cls_pw, obj_pw, gr, label_smoothing
+        self.score = partial(focal, gamma=fl_gamma) if fl_gamma > 0 else bce  # of obj and cls
+        self.objectness_targets = objectness_targets
 
     def forward(self, preds: Predictions, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """Weighted scalars ``box``, ``obj``, ``cls``; the total is their sum."""
@@ -97,7 +100,8 @@ class YoloLoss(nn.Module):
         num_rows, num_slots = counts.split(len(grids))
 
         strength = (1 - self.gr) + self.gr * iou.detach().clamp(min=0)
-        objectness = keep * self._score(preds.obj, objectness_targets(assignment, strength), self.obj_pw)
+        wanted = self.objectness_targets(assignment, strength)
+        objectness = keep * self.score(preds.obj, wanted, pos_weight=self.obj_pw)
         terms = {
             "box": (share * (1 - iou)).sum(1) / num_rows,
             "obj": sum_levels(objectness, grids) / num_slots,
@@ -105,14 +109,9 @@ class YoloLoss(nn.Module):
         }
         if self.num_classes > 1:
             smooth = smooth_targets(targets.labels[target], self.num_classes, self.label_smoothing, iou.dtype)
-            classes = self._score(preds.cls[image, prior], smooth, self.cls_pw)
+            classes = self.score(preds.cls[image, prior], smooth, pos_weight=self.cls_pw)
             terms["cls"] = (share * classes.mean(1)).sum(1) / num_rows
         return terms
-
-    def _score(self, logits: Tensor, targets: Tensor, pos_weight: float) -> Tensor:
-        if self.fl_gamma > 0:
-            return focal(logits, targets, self.fl_gamma, pos_weight=pos_weight)
-        return bce(logits, targets, pos_weight)
 
 
 def sum_levels(values: Tensor, grids: tuple[Grid, ...]) -> Tensor:

@@ -11,26 +11,28 @@ from models.structures import Predictions
 from utils.boxes import xywh_to_xyxy
 from utils.structures import Targets
 
+YOLOV3 = SigmoidExp()
 ANCHORS = [[(62, 45), (59, 119), (116, 90)], [(30, 61), (45, 20), (33, 23)], [(10, 13), (16, 30), (23, 29)]]
 
 
-def decode(raws, anchors, size) -> Predictions:
+def decode(raws, anchors, size, coder=YOLOV3) -> Predictions:
     """Raw outputs, per head [B, A, h, w, 5 + C], through the real heads."""
     parts = []
     for raw, sizes in zip(raws, anchors):
         sizes = [tuple(map(float, pair)) for pair in sizes]
-        head = YoloHead(
-            anchors=sizes, mask=range(len(sizes)), num_classes=raw.shape[-1] - 5, coder=SigmoidExp(), section=None
-        )
+        head = YoloHead(anchors=sizes, mask=range(len(sizes)), num_classes=raw.shape[-1] - 5, coder=coder, section=None)
         parts.append(head.decode(raw.permute(0, 1, 4, 2, 3).flatten(1, 2), size))
     return Predictions.cat(parts)
 
 
 class Golden:
-    """One file of golden/yolov3 as tensors of ``dtype`` on ``device``; raw maps are leaves."""
+    """One file of golden/yolov3 or yolov5 as tensors of ``dtype`` on ``device``; raw maps are leaves.
 
-    def __init__(self, path, dtype=torch.float32, device="cpu"):
-        self.data = dict(np.load(path))
+    ``prefix`` picks one of several successive calls (``s0/``).
+    """
+
+    def __init__(self, path, dtype=torch.float32, device="cpu", coder=YOLOV3, prefix=""):
+        self.data = {key.removeprefix(prefix): value for key, value in np.load(path).items()}
         meta = json.loads(str(self.data["meta"]))
         self.hyp, self.gr, self.size, self.num_classes = meta["hyp"], meta["gr"], tuple(meta["img_hw"]), meta["nc"]
         self.num_levels = len(self.data["strides"])
@@ -43,7 +45,7 @@ class Golden:
         height, width = self.size
         boxes = xywh_to_xyxy(rows[:, 2:] * rows.new_tensor([width, height, width, height]))
         self.targets = Targets.of(rows[:, 0].long(), rows[:, 1].long(), boxes)
-        self.preds = decode(self.raws, self.anchors, self.size)
+        self.preds = decode(self.raws, self.anchors, self.size, coder)
 
     def rows(self) -> dict[str, np.ndarray]:
         """The peer's assignment in our words: image, prior, target of all levels."""
