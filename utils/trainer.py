@@ -65,6 +65,7 @@ class Trainer:
             DivergenceError: a loss is not finite. Its step was left out: no weight has seen it.
         """
         self._train_mode()
+        self.train_step.criterion.set_epoch(self.epoch, self.epochs)
         batches, totals = iter(batches), {}
         for number, group in enumerate(self.groups):
             now = rates(self.optim, self.step, len(self.groups), self.epochs)

@@ -10,13 +10,14 @@ from models.assigners import ASSIGNERS, Assigner, build_targets
 from models.losses.rcnn import RCNNLoss
 from models.losses.yolo import YoloLoss
 from models.losses.yolov5 import Yolov5Loss
+from models.losses.yolox import YoloxLoss
 from models.structures import Predictions
 from utils.boxes import at_least_float32
 from utils.config import Located, build
 from utils.errors import UserError, nearest
 from utils.structures import Targets
 
-LOSSES: dict[str, type[nn.Module]] = {"yolo": YoloLoss, "rcnn": RCNNLoss, "yolov5": Yolov5Loss}
+LOSSES: dict[str, type[nn.Module]] = {"yolo": YoloLoss, "rcnn": RCNNLoss, "yolov5": Yolov5Loss, "yolox": YoloxLoss}
 
 
 class Criterion(nn.Module):
@@ -30,6 +31,11 @@ class Criterion(nn.Module):
     def sums_images(self) -> bool:
         """Whether a step is taken on the sum over its images instead of their mean (YOLOv5)."""
         return getattr(self.loss, "sums_images", False)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Tell a loss that changes with the epoch (YOLOX) which one begins, counted from 0, of how many."""
+        if hasattr(self.loss, "set_epoch"):
+            self.loss.set_epoch(epoch, epochs)
 
     def forward(self, preds: Predictions, targets: Targets) -> dict[str, Tensor]:
         return self.loss(preds, targets, build_targets(preds, targets, self.assigner))

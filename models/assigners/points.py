@@ -1,0 +1,66 @@
+"""What the point-based assigners share: points inside boxes, cells around a centre, and choices with one answer.
+
+Letters: B images, N objects, P slots, K rows, A anchors of a head, W cells of a window.
+
+A slot's point is ``Priors.center``. Where values are equal the first row or slot is chosen, on every device: plain
+``topk`` and writing by index leave that to chance.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from models.structures import Grid, Priors
+
+
+def inside(points: Tensor, boxes: Tensor, margin: float = 0.0) -> Tensor:
+    """Bool [N, P]: points [P, 2] more than ``margin`` pixels away from every side of boxes [N, 4], within them."""
+    x, y = points.unbind(-1)
+    left, top, right, bottom = boxes[:, :, None].unbind(1)  # [N, 1] each
+    return (x - left > margin) & (y - top > margin) & (right - x > margin) & (bottom - y > margin)
+
+
+def window(centers: Tensor, priors: Priors, grid: Grid, side: int) -> Tensor:
+    """Slots [N, A, W] of the ``side`` x ``side`` cells whose points are nearest to ``centers`` [N, 2] (pixels).
+
+    Row by row. At a border the window moves inwards, on a smaller map it is the map: W depends on shapes alone.
+    """
+    height, width = min(side, grid.rows), min(side, grid.columns)
+    first, stride = priors.center[grid.start], priors.stride[grid.start]
+    column, row = ((centers - first) / stride).unbind(-1)
+    left = (column - (width - 1) / 2).round().clamp(0, grid.columns - width).long()
+    top = (row - (height - 1) / 2).round().clamp(0, grid.rows - height).long()
+    rows = top[:, None] + torch.arange(height, device=top.device)
+    columns = left[:, None] + torch.arange(width, device=top.device)
+    cells = (rows[:, :, None] * grid.columns + columns[:, None]).flatten(1)  # [N, W]
+    anchors = grid.start + torch.arange(grid.anchors, device=top.device) * (grid.rows * grid.columns)
+    return anchors[:, None] + cells[:, None]
+
+
+def level_strides(priors: Priors) -> Tensor:
+    """Pixels per cell [L] of each head, the larger of both directions."""
+    return torch.stack([priors.stride[grid.start].amax() for grid in priors.grids])
+
+
+def first_largest(values: Tensor, count: int) -> Tensor:
+    """Slots [N, count] of the largest of ``values`` [N, P] >= 0, largest first, of equal ones the lowest slot.
+
+    Compared as float32. Not a number counts as 0.
+    """
+    # the bits of floats >= 0 are in the order of the floats: with the slot behind them no two keys are equal
+    bits = values.float().nan_to_num(0, posinf=math.inf).contiguous().view(torch.int32).long()
+    last = values.shape[1] - 1
+    keys = (bits << 32) + torch.arange(last, -1, -1, device=values.device)
+    return last - (keys.topk(count, dim=1).values & 0xFFFFFFFF)
+
+
+def wins(slot: Tensor, value: Tensor, taken: Tensor, num_slots: int) -> Tensor:
+    """Bool [K]: among the ``taken`` rows [K] on its ``slot`` [K], this one has the largest ``value`` [K], or is the
+    first of those. ``slot`` is a row of all slots of the batch, 0..num_slots-1."""
+    value = torch.where(taken, value, -math.inf)
+    best = value.new_full((num_slots,), -math.inf).scatter_reduce(0, slot, value, "amax")
+    is_best = taken & (value == best[slot])
+    number = torch.where(is_best, torch.arange(len(slot), device=slot.device), len(slot))
+    first = slot.new_full((num_slots,), len(slot)).scatter_reduce(0, slot, number, "amin")
+    return is_best & (first[slot] == number)
