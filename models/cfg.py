@@ -250,6 +250,7 @@ HEAD_FILTERS = {  # channels of each layer that a head reads, for so many classe
     "Gaussian_yolo": lambda section, classes: (len(head_mask(section)) * (9 + classes),),  # a sigma for each of them
     "region": lambda section, classes: (len(head_mask(section)) * (section.int("coords", 4) + 1 + classes),),
     "yolox": lambda section, classes: (4, 1, classes),  # boxes, objectness, classes: a layer each, named by from=
+    "fcos": lambda section, classes: (4, *([] if len(section.ints("from")) == 2 else [1]), classes),  # or without obj.
 }
 KEEPS_CHANNELS = ("activation", "batchnorm", "dropout", "empty", "local_avgpool", "maxpool", "shortcut", "upsample")
 

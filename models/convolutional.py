@@ -125,17 +125,25 @@ def convolution_keys(section) -> dict:
     }
 
 
-class Convolutional(nn.Module):
-    """[convolutional]: convolution, batch normalisation or bias, activation, and with ``antialiasing`` a blur.
+def normalization_of(section, channels: int) -> nn.Module:
+    """What stands between a convolution and its activation; an identity where the convolution has a bias."""
+    if groups := section.int("group_normalize", 0):
+        return nn.GroupNorm(groups, channels, eps=BN_EPS)
+    return batch_norm(channels) if section.flag("batch_normalize") or section.flag("cbn") else nn.Identity()
 
-    ``bin_output`` only packs the signs for the next xnor layer and changes no result. Input [B, C, H, W]; output
+
+class Convolutional(nn.Module):
+    """[convolutional]: convolution, normalisation or bias, activation, and with ``antialiasing`` a blur.
+
+    ``group_normalize=G`` (ours; Darknet does not know it) normalises every picture by itself, over G groups of
+    channels: small batches do not hurt it, and there are no running statistics to store or to fold in. ``bin_output``
+    only packs the signs for the next xnor layer and changes no result. Input [B, C, H, W]; output
     [B, filters, (H + 2p - k) / s + 1, ...].
     """
 
-    def __init__(self, conv: nn.Conv2d, activation: str, blur: nn.Module):
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, activation: str, blur: nn.Module):
         super().__init__()
-        self.conv = conv
-        self.norm = nn.Identity() if conv.bias is not None else batch_norm(conv.out_channels)
+        self.conv, self.norm = conv, norm
         self.activation = ACTIVATIONS[activation]
         self.blur = blur
         self.fused = False
@@ -146,9 +154,10 @@ class Convolutional(nn.Module):
             return SharedConvolutional.from_spec(spec)
         section, keys = spec.section, convolution_keys(spec.section)
         kind = XnorConv2d if section.flag("xnor") else BinaryConv2d if section.flag("binary") else DarknetConv2d
-        normalized = section.flag("batch_normalize") or section.flag("cbn")
-        conv = kind(spec.in_shapes[0][0], section.int("filters", 1), bias=not normalized, **keys)
-        return cls(conv, section.str("activation", "logistic"), blur_of(section, strides(section)))
+        norm = normalization_of(section, section.int("filters", 1))
+        plain = isinstance(norm, nn.Identity)
+        conv = kind(spec.in_shapes[0][0], section.int("filters", 1), bias=plain, **keys)
+        return cls(conv, norm, section.str("activation", "logistic"), blur_of(section, strides(section)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blur(self.activation(self.norm(self.conv(x))))
@@ -165,8 +174,8 @@ class Convolutional(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold the running statistics into the kernel, for inference only. Same outputs up to rounding."""
-        if isinstance(self.norm, nn.Identity):
+        """Fold running statistics, if any, into the kernel, for inference only. Same outputs up to rounding."""
+        if not isinstance(self.norm, nn.BatchNorm2d):
             return
         norm, conv = self.norm, self.conv
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -176,6 +185,8 @@ class Convolutional(nn.Module):
 
 
 def norm_arrays(norm: nn.Module) -> dict[str, Tensor]:
+    if isinstance(norm, nn.GroupNorm):
+        return {"biases": norm.bias, "scales": norm.weight}
     return {"biases": norm.bias, "scales": norm.weight, "mean": norm.running_mean, "variance": norm.running_var}
 
 
@@ -266,7 +277,9 @@ class Crnn(nn.Module):
         super().__init__()
 
         def layer(inputs: int, filters: int) -> Convolutional:
-            return Convolutional(DarknetConv2d(inputs, filters, bias=not normalized, **keys), activation, nn.Identity())
+            conv = DarknetConv2d(inputs, filters, bias=not normalized, **keys)
+            norm = batch_norm(filters) if normalized else nn.Identity()
+            return Convolutional(conv, norm, activation, nn.Identity())
 
         self.input, self.state, self.output = layer(channels, hidden), layer(hidden, hidden), layer(hidden, outputs)
 

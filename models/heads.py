@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from models.cfg import head_anchors, head_mask
-from models.coders import Coder, CornerOffsetExp, SigmoidExp, SigmoidSquare
+from models.coders import Coder, CornerOffsetExp, Distances, SigmoidExp, SigmoidSquare
 from models.structures import Grid, Predictions, Priors
 
 OBJECTNESS_BIAS = -4.5  # sigmoid 0.011: most slots are background (YOLOv3 archive)
+CERTAIN = 30.0  # sigmoid 1 to float32, of a head without objectness
 RARE_BIAS = -math.log(99)  # sigmoid 0.01 (RetinaNet)
 
 
@@ -35,6 +36,7 @@ class Head(nn.Module):
     num_anchors = 1
     num_box_values = 5  # channels of an anchor before its class logits
     objectness = 4  # which of them is the objectness
+    offset = 0.5  # where in its cell a slot's point stands, x and y, in cells
 
     def __init__(self, *, num_classes: int, coder: Coder, section):
         super().__init__()
@@ -55,7 +57,7 @@ class Head(nn.Module):
     def priors(self, grid: tuple[int, int], size: tuple[int, int], device=None, dtype=torch.float32) -> Priors:
         """The P slots of a ``grid`` (h, w) on an input of ``size`` (height, width) pixels; both give the stride."""
         sizes = self.sizes((size[1] / grid[1], size[0] / grid[0]))
-        return _priors(sizes, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
+        return _priors(sizes, self.offset, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
 
     def decode(self, raw: Tensor, size: tuple[int, int]) -> Predictions:
         """Raw map [B, A * V, h, w] of an input of ``size`` (height, width) -> Predictions of P slots.
@@ -209,7 +211,54 @@ class YoloxHead(Head):
         classes.fill_(RARE_BIAS)
 
 
-HEADS = {"yolo": YoloHead, "Gaussian_yolo": GaussianYoloHead, "region": RegionHead, "yolox": YoloxHead}
+class FcosHead(Head):
+    """``[fcos]``: one point per cell; distances from it to the left, top, right and bottom side, objectness, classes.
+
+    Reads three layers (``from``), or two, without objectness. Raw map: distances in strides (negative ones count as 0)
+    after a factor that is learned per level, objectness (where there is none a constant that is certain), classes.
+
+    ``offset`` is where in its cell the point stands: 0.5, the middle, in FCOS; 0, the corner, in AutoAssign.
+    FCOS (Tian et al. 2019), section 3; AutoAssign (Zhu et al. 2020), section 4.1, for the objectness.
+    """
+
+    def __init__(self, *, num_classes: int, offset: float, with_objectness: bool, section):
+        super().__init__(num_classes=num_classes, coder=Distances(), section=section)
+        self.offset = offset
+        self.offers = frozenset({"objectness"} if with_objectness else ())
+        self.scale = nn.Parameter(torch.ones(1))
+
+    @classmethod
+    def from_spec(cls, spec) -> "FcosHead":
+        section = spec.section
+        return cls(
+            num_classes=section.int("classes"),
+            offset=section.float("offset", 0.5),
+            with_objectness=len(spec.inputs) == 3,
+            section=section,
+        )
+
+    def forward(self, boxes: Tensor, *maps: Tensor) -> Tensor:
+        if len(maps) == 1:
+            maps = (torch.full_like(boxes[:, :1], CERTAIN), *maps)
+        return torch.cat([boxes * self.scale, *maps], dim=1)
+
+    @torch.no_grad()
+    def init_bias(self, boxes: Tensor, *biases: Tensor) -> None:
+        """Set the biases [4], [C] in place: sides four strides away, classes of probability 0.02, as AutoAssign."""
+        boxes.fill_(4)
+        biases[-1].fill_(-math.log(49))
+
+    def darknet_arrays(self) -> dict[str, Tensor]:
+        return {"scale": self.scale}
+
+
+HEADS = {
+    "yolo": YoloHead,
+    "Gaussian_yolo": GaussianYoloHead,
+    "region": RegionHead,
+    "yolox": YoloxHead,
+    "fcos": FcosHead,
+}
 
 
 def softmax_logits(logits: Tensor) -> Tensor:
@@ -224,13 +273,15 @@ def softmax_logits(logits: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _priors(anchors: tuple, grid: tuple[int, int], size: tuple[int, int], device: torch.device, dtype) -> Priors:
+def _priors(
+    anchors: tuple, offset: float, grid: tuple[int, int], size: tuple[int, int], device: torch.device, dtype
+) -> Priors:
     """The slots of one map, kept: multi-scale training comes back to the same few sizes. Never written to."""
     rows, columns = grid
     with torch.inference_mode(False), torch.no_grad():  # else training could not use what inference has cached
         stride = torch.tensor([size[1] / columns, size[0] / rows], dtype=dtype)
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        center = (torch.stack([column, row], dim=-1).to(dtype) + 0.5) * stride
+        center = (torch.stack([column, row], dim=-1).to(dtype) + offset) * stride
         num = len(anchors)
         parts = {
             "center": center.flatten(0, 1).repeat(num, 1),

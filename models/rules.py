@@ -108,7 +108,8 @@ TRACKING = "map show_details embedding_layer track_history_size sim_thresh dets_
 SECTIONS: dict[str, Rule] = {
     "convolutional": Rule(
         infer=shapes.convolutional,
-        keys=CONVOLUTION | keys(count="filters", whole="share_index binary bin_output flipped"),
+        keys=CONVOLUTION
+        | keys(count="filters", natural="group_normalize", whole="share_index binary bin_output flipped"),
         required=("filters",),
         said={"activation": "logistic", "size": "1"},
         other="cbn assisted_excitation sway rotate stretch stretch_sway angle grad_centr reverse coordconv dot",
@@ -193,6 +194,9 @@ SECTIONS: dict[str, Rule] = {
         other="tree map sqrt",
     ),
     "yolox": Rule(infer=shapes.head, keys=POINT_HEAD, required=("from", "classes"), reads="only from"),
+    "fcos": Rule(
+        infer=shapes.fcos, keys=POINT_HEAD | keys(number="offset"), required=("from", "classes"), reads="only from"
+    ),
 }
 HEADS = tuple(HEAD_FILTERS)
 

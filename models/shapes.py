@@ -81,6 +81,11 @@ def convolutional(section, inputs):
     for what, channels in (("input channels", shape[0]), ("filters", filters)):
         if channels % groups:
             raise section.error(f"groups={groups} does not divide {channels} {what}", "groups")
+    if norm_groups := section.int("group_normalize", 0):
+        if section.flag("batch_normalize"):
+            raise section.error("both batch_normalize and group_normalize", "group_normalize", "one of them")
+        if filters % norm_groups:
+            raise section.error(f"group_normalize={norm_groups} does not divide {filters} filters", "group_normalize")
     padding = size // 2 if section.flag("pad") else section.int("padding", 0)
     if section.int("dilation", 1) > 1 and size > 1 and 2 * padding != size - 1:
         raise section.error(
@@ -94,6 +99,8 @@ def convolutional(section, inputs):
         return made._replace(shape=(filters, *blurred(section, hw, *strides(section))))
     hw = windows(section, shape, size, *strides(section), 2 * padding)
     made = convolution(section, shape, filters, size, groups, hw, section.flag("batch_normalize"))
+    if norm_groups:  # a scale and a shift instead of a bias, no running statistics
+        made = made._replace(params=made.params + filters, floats=made.params + filters)
     return made._replace(params=0, floats=0) if "share_index" in section else made
 
 
@@ -243,3 +250,8 @@ def head(section, inputs):
     if len({i.shape[1:] for i in inputs}) > 1:
         raise mismatch(section, inputs, "from", "the maps of a head differ in height or width")
     return Made((sum(i.shape[0] for i in inputs), *inputs[0].shape[1:]))
+
+
+def fcos(section, inputs):
+    """A head with one learned number: how many strides a unit of its distances is."""
+    return head(section, inputs)._replace(params=1)

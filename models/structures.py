@@ -33,7 +33,7 @@ class Grid(NamedTuple):
 class Priors:
     """What each of the P output slots stands for before the network speaks. Pixels of the network's input."""
 
-    center: Tensor  # float32 [P, 2]: x, y of the middle of the slot's cell
+    center: Tensor  # float32 [P, 2]: x, y of the slot's point, the middle of its cell ([fcos] offset=0: the corner)
     size: Tensor  # float32 [P, 2]: width, height of the slot's anchor (anchor-free heads: the stride)
     stride: Tensor  # float32 [P, 2]: cell width, height
     level: Tensor  # int64 [P]: which head

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.assigners import ASSIGNERS, Assigner, build_targets
+from models.losses.autoassign import AutoAssignLoss
 from models.losses.rcnn import RCNNLoss
 from models.losses.yolo import YoloLoss
 from models.losses.yolov5 import Yolov5Loss
@@ -17,7 +18,13 @@ from utils.config import Located, build
 from utils.errors import UserError, nearest
 from utils.structures import Targets
 
-LOSSES: dict[str, type[nn.Module]] = {"yolo": YoloLoss, "rcnn": RCNNLoss, "yolov5": Yolov5Loss, "yolox": YoloxLoss}
+LOSSES: dict[str, type[nn.Module]] = {
+    "yolo": YoloLoss,
+    "rcnn": RCNNLoss,
+    "yolov5": Yolov5Loss,
+    "yolox": YoloxLoss,
+    "autoassign": AutoAssignLoss,
+}
 
 
 class Criterion(nn.Module):
