@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("--golden", "--data-dir")
 
 
 def pytest_addoption(parser):
@@ -20,6 +21,31 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # one thread per process: results do not depend on the machine, and two cores stay usable
     os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    """With CI=true, a test that skipped for want of a folder that is there is a failure, not a shrug."""
+    missed = _needlessly_skipped(terminalreporter, config)
+    for line in missed:
+        terminalreporter.write_line(f"SKIPPED ALTHOUGH THE FOLDER EXISTS: {line}", red=True)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if (
+        reporter
+        and os.environ.get("CI") == "true"
+        and exitstatus == 0
+        and _needlessly_skipped(reporter, session.config)
+    ):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _needlessly_skipped(reporter, config) -> list[str]:
+    """Tests that skipped and named an option whose folder exists."""
+    existing = [option for option in FOLDERS if config.getoption(option).is_dir()]
+    skipped = [(report.nodeid, str(report.longrepr)) for report in reporter.stats.get("skipped", [])]
+    return [f"{name}: {reason}" for name, reason in skipped if any(f"{option}:" in reason for option in existing)]
 
 
 def _folder(config, option: str) -> Path:
