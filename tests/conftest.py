@@ -1,7 +1,8 @@
 """Folders of reference material, and what happens where they are missing.
 
-``--golden`` holds cases computed by other projects' own code, ``--data-dir`` real pictures, cfgs and weights. Neither is
-part of the repository: tests that need them skip with a reason; with CI=true a skip is a failure where the folder exists.
+``--golden`` holds cases computed by other projects' own code, ``--data-dir`` real pictures, cfgs and weights. Neither
+is part of the repository: tests that need them skip with a reason; with CI=true a skip is a failure where the folder
+exists.
 """
 
 import os
