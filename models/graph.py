@@ -218,7 +218,7 @@ class _Walk:
             return
         for source, shape, needed in zip(spec.inputs, spec.in_shapes, head_filters(section)):
             self._check_filters(section, source, shape[0], needed)
-        if "anchors" in section:
+        if "anchors" in SECTIONS[section.type].required:
             self._check_anchors(section)
         if section.flag("new_coords"):
             self._check_logistic(section, self.cfg.layers[index - 1])
@@ -230,7 +230,8 @@ class _Walk:
         if convolution is None:
             raise head.error(f"[{head.type}] reads {found} channels, needs {needed}", hint="a convolution before it")
         message = f"filters={convolution.int('filters')}, [{head.type}] line {head.line} needs {needed}"
-        hint = "anchors in mask * (classes + values)" if "anchors" in head else "boxes 4, objectness 1, classes"
+        alone = len(head_filters(head)) == 1
+        hint = "anchors in mask * (classes + values)" if alone else "boxes 4, objectness 1, classes"
         key = "filters" if "filters" in convolution else None
         self._note(convolution, message, hint, key, fix=f"filters={needed}")
 
