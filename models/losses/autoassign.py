@@ -92,7 +92,8 @@ class AutoAssignLoss(nn.Module):
         priors, labels = preds.priors, targets.labels[assignment.target]
         offset = (priors.center[assignment.prior] - (boxes[:, :2] + boxes[:, 2:]) / 2) / priors.stride[assignment.prior]
         spread = (2 * self.sigma[labels].square()).clamp(min=EPS)
-        prior = torch.exp(-(offset - self.mean[labels]).square() / spread).prod(-1) * assignment.weight
+        # the product over x and y as a sum of exponents: the gradient of prod() asks the device whether a factor is 0
+        prior = torch.exp(-((offset - self.mean[labels]).square() / spread).sum(-1)) * assignment.weight
         return prior.to(at_least_float32(preds.boxes).dtype)
 
     def _positive(self, preds: Predictions, targets: Targets, assignment: Assignment, prior: Tensor) -> Tensor:

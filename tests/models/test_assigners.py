@@ -111,8 +111,10 @@ def test_cuda_equals_cpu_without_a_sync(assigner):
         assignment = build_targets(preds, on_device, assigner)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected = build_targets(predictions(), targets, assigner)
-    assert all(torch.equal(value.cpu(), getattr(expected, name)) for name, value in vars(assignment).items())
+    expected = vars(build_targets(predictions(), targets, assigner))
+    found = {name: value.cpu() for name, value in vars(assignment).items()}
+    torch.testing.assert_close(found.pop("weight"), expected.pop("weight"))  # may be a product of sigmoids and powers
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 # ------------------------------------------------------------------------------------------------- ignore regions
