@@ -88,6 +88,11 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
     output.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="continue a run folder or checkpoint; default: the newest"
     )
+    output.add_argument(
+        "--show-assignments",
+        action="store_true",
+        help="after each evaluation, pictures of who answers for whom, by every assigner, to the run and TensorBoard",
+    )
     output.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(**(defaults or {}))
     return parser.parse_args(argv)
@@ -107,6 +112,7 @@ def train(args: argparse.Namespace, device) -> None:
     import torch
     from torch import nn
 
+    from models.assignment_pictures import sheets
     from models.darknet_weights import write_weights
     from models.losses import TrainStep, build_criterion
     from models.predictor import Predictor
@@ -204,6 +210,8 @@ def train(args: argparse.Namespace, device) -> None:
         if distributed.is_main() and (is_last or not args.noval):
             evaluation = evaluate(predictor, val_loader, data.val, data.names, progress=logger.watched)
             scalars = evaluation.scalars()
+            if args.show_assignments:
+                gallery.sheets("assignments", lambda: sheets(trainer.ema.module, next(iter(val_loader))), epoch)
             row |= {name: scalars[name] for name in MAIN_METRICS}
             details |= {name: value for name, value in scalars.items() if name not in row}
             is_better = best.update(fitness(scalars), epoch)

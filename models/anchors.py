@@ -1,39 +1,50 @@
-"""Anchors by rule instead of by table: sizes x ratios, as R-CNN's region proposal network has them.
+"""Where output slots stand, and which anchors they carry: by table, or by rule as in R-CNN.
 
-Letters: A anchors of a cell, P = A * h * w slots.
+Letters: A anchors of a cell, h w rows and columns of a map, P = A * h * w slots, H W of the network's input.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
-from models.heads import _priors
-from models.structures import Priors
+from models.structures import Grid, Priors
+
+Anchors = tuple[tuple[float, float], ...]  # width and height of each, pixels
 
 
-def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """Width and height, pixels, of the A = sizes x ratios anchors of a cell, sizes outermost.
+def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Anchors:
+    """The A = sizes x ratios anchors of a cell of a region proposal network, sizes outermost.
 
     An anchor covers ``size`` squared; ``ratio`` is height by width (detectron2 ``DefaultAnchorGenerator``).
     """
     return tuple((size / ratio**0.5, size * ratio**0.5) for size in sizes for ratio in ratios)
 
 
-def anchor_priors(
-    anchors: Sequence[tuple[float, float]],
-    grid: tuple[int, int],
-    size: tuple[int, int],
-    *,
-    offset: float = 0.0,
-    device=None,
-    dtype=torch.float32,
+@lru_cache(maxsize=64)
+def grid_priors(
+    anchors: Anchors, offset: float, grid: tuple[int, int], size: tuple[int, int], device: torch.device, dtype
 ) -> Priors:
-    """The P slots of anchors (width, height) on every cell of a ``grid`` (h, w) over an input of ``size`` (H, W).
+    """The P slots of one map (h, w) on an input of ``size`` (H, W).
+
+    Kept, as multi-scale training comes back to the same few sizes; never written to.
 
     Args:
-        offset: where in its cell an anchor is centred, in cells: 0 the top left corner (detectron2, torchvision),
-            0.5 the middle (YOLO).
+        offset: where in its cell a slot's point stands, in cells: 0.5 the middle (YOLO), 0 the top left corner
+            (detectron2, AutoAssign).
     """
-    priors = _priors(tuple(anchors), tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
-    return replace(priors, center=priors.center + (offset - 0.5) * priors.stride)
+    rows, columns = grid
+    with torch.inference_mode(False), torch.no_grad():  # else training could not use what inference has cached
+        stride = torch.tensor([size[1] / columns, size[0] / rows], dtype=dtype)
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        center = (torch.stack([column, row], dim=-1).to(dtype) + offset) * stride
+        num = len(anchors)
+        parts = {
+            "center": center.flatten(0, 1).repeat(num, 1),
+            "size": torch.tensor(anchors, dtype=dtype).repeat_interleave(rows * columns, dim=0),
+            "stride": stride.repeat(num * rows * columns, 1),
+            "level": torch.zeros(num * rows * columns, dtype=torch.int64),
+            "anchor": torch.arange(num).repeat_interleave(rows * columns),
+        }
+        grids = (Grid(start=0, anchors=num, rows=rows, columns=columns),)
+        return Priors(grids=grids, **{name: part.to(device) for name, part in parts.items()})

@@ -9,14 +9,14 @@ head is one class and one row in ``HEADS``.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from models.anchors import grid_priors
 from models.cfg import head_anchors, head_mask
 from models.coders import Coder, CornerOffsetExp, Distances, SigmoidExp, SigmoidSquare
-from models.structures import Grid, Predictions, Priors
+from models.structures import Predictions, Priors
 
 OBJECTNESS_BIAS = -4.5  # sigmoid 0.011: most slots are background (YOLOv3 archive)
 CERTAIN = 30.0  # sigmoid 1 to float32, of a head without objectness
@@ -57,7 +57,7 @@ class Head(nn.Module):
     def priors(self, grid: tuple[int, int], size: tuple[int, int], device=None, dtype=torch.float32) -> Priors:
         """The P slots of a ``grid`` (h, w) on an input of ``size`` (height, width) pixels; both give the stride."""
         sizes = self.sizes((size[1] / grid[1], size[0] / grid[0]))
-        return _priors(sizes, self.offset, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
+        return grid_priors(sizes, self.offset, tuple(grid), tuple(size), torch.device(device or "cpu"), dtype)
 
     def decode(self, raw: Tensor, size: tuple[int, int]) -> Predictions:
         """Raw map [B, A * V, h, w] of an input of ``size`` (height, width) -> Predictions of P slots.
@@ -270,25 +270,3 @@ def softmax_logits(logits: Tensor) -> Tensor:
     before = torch.cat([edge, logits[..., :-1]], dim=-1).logcumsumexp(-1)
     after = torch.cat([edge, logits[..., 1:].flip(-1)], dim=-1).logcumsumexp(-1).flip(-1)
     return logits - torch.logaddexp(before, after)
-
-
-@lru_cache(maxsize=64)
-def _priors(
-    anchors: tuple, offset: float, grid: tuple[int, int], size: tuple[int, int], device: torch.device, dtype
-) -> Priors:
-    """The slots of one map, kept: multi-scale training comes back to the same few sizes. Never written to."""
-    rows, columns = grid
-    with torch.inference_mode(False), torch.no_grad():  # else training could not use what inference has cached
-        stride = torch.tensor([size[1] / columns, size[0] / rows], dtype=dtype)
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        center = (torch.stack([column, row], dim=-1).to(dtype) + offset) * stride
-        num = len(anchors)
-        parts = {
-            "center": center.flatten(0, 1).repeat(num, 1),
-            "size": torch.tensor(anchors, dtype=dtype).repeat_interleave(rows * columns, dim=0),
-            "stride": stride.repeat(num * rows * columns, 1),
-            "level": torch.zeros(num * rows * columns, dtype=torch.int64),
-            "anchor": torch.arange(num).repeat_interleave(rows * columns),
-        }
-        grids = (Grid(start=0, anchors=num, rows=rows, columns=columns),)
-        return Priors(grids=grids, **{name: part.to(device) for name, part in parts.items()})

@@ -1,6 +1,6 @@
 """Pictures of a run to look at: what the network was shown, and what it found."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -47,11 +47,17 @@ class Gallery:
                 self._save(f"val_batch{self.num_val}_pred", found)
         self.num_val += 1
 
-    def _save(self, name: str, images: list[np.ndarray]) -> None:
+    def sheets(self, name: str, draw: Callable[[], list[np.ndarray]], epoch: int) -> None:
+        """Pictures of an epoch; the files are the newest, TensorBoard keeps all."""
+        with self.logger.guard(f"{name} pictures"):
+            for number, picture in enumerate(draw()):
+                self._save(f"{name}{number}", [picture], epoch)
+
+    def _save(self, name: str, images: list[np.ndarray], epoch: int = 0) -> None:
         picture = batch_mosaic(images)
         write_image(self.folder / f"{name}.jpg", picture)
         if self.logger:
-            self.logger.picture(name, picture, 0)
+            self.logger.picture(name, picture, epoch)
 
 
 def _rows(batch: Batch) -> range:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from models.anchors import anchor_priors, cell_anchors
+from models.anchors import cell_anchors, grid_priors
 from models.coders import AnchorDeltas
 from models.structures import Assignment, Predictions, Priors
 from utils.structures import Targets
@@ -24,7 +24,8 @@ class GoldenRPN:
         ratios = self.hyp["aspect_ratios"][0]
         self.cells = [cell_anchors(sizes, ratios) for sizes in self.hyp["anchor_sizes"]]
         offset = self.hyp["anchor_offset"]
-        parts = [anchor_priors(c, g, self.size, offset=offset, dtype=dtype) for c, g in zip(self.cells, self.grids)]
+        cpu = torch.device("cpu")
+        parts = [grid_priors(c, offset, g, self.size, cpu, dtype) for c, g in zip(self.cells, self.grids)]
         self.priors = Priors.cat(parts)
         orders, start = [], 0
         for (rows, columns), cells in zip(self.grids, self.cells):

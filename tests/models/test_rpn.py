@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models.losses.rcnn as rcnn_module
-from models.anchors import anchor_priors, cell_anchors
+from models.anchors import cell_anchors, grid_priors
 from models.assigners import build_targets
 from models.assigners.iou_matcher import IoUMatcher
 from models.assigners.rpn import RPN, anchor_boxes
@@ -18,7 +18,7 @@ from tests.models.rpn_case import GoldenRPN
 from tests.models.yolov3_case import ANCHORS, OBJECTS, decode, make_raws, make_targets
 from utils.boxes import box_iou
 
-SIZE = (96, 128)
+SIZE, CPU = (96, 128), torch.device("cpu")
 DTYPES = [torch.float32, torch.float64]
 ALL = RPN(num_samples=None)
 
@@ -157,7 +157,7 @@ def test_low_quality_slot_answers_for_its_own_best_object():
 def test_a_tie_is_a_tie_in_every_precision():
     """Two anchors equally far from an object: both are its best, though their IoUs may differ in the last bit."""
     for dtype in DTYPES:
-        priors = anchor_priors([(20.0, 20.0)], (8, 8), (96, 96), dtype=dtype)
+        priors = grid_priors(((20.0, 20.0),), 0.0, (8, 8), (96, 96), CPU, dtype)
         targets = make_targets([(0, 0, 37.1, 43.3, 46.9, 52.7)])  # centre x midway between columns 3 and 4
         _, labels = RPN().label(priors, targets, 1)
         assert labels.view(8, 8).nonzero().tolist() == [[4, 3], [4, 4]]
@@ -337,7 +337,7 @@ def test_cuda_equals_cpu_without_a_sync():
 def test_why_beta_is_0():
     """Deltas of matched anchors are mostly below 1: with beta 1 the parabola would teach them ever more softly."""
     generator = torch.Generator().manual_seed(0)
-    priors = anchor_priors(cell_anchors([32], [0.5, 1, 2]), (16, 16), (256, 256), dtype=torch.float64)
+    priors = grid_priors(cell_anchors([32], [0.5, 1, 2]), 0.0, (16, 16), (256, 256), CPU, torch.float64)
     low = torch.rand(40, 2, generator=generator) * 200
     boxes = torch.cat([low, low + 20 + torch.rand(40, 2, generator=generator) * 40], 1)
     targets = make_targets([(0, 0, *box) for box in boxes.tolist()])
@@ -363,7 +363,7 @@ def test_why_beta_is_0():
 def study(num_objects_a_side, num_samples, num_steps):
     """(objects, shares of them that were answered for in a step, after all steps) on a picture of small squares."""
     cells = 4 * num_objects_a_side
-    priors = anchor_priors([(16.0, 16.0)], (cells, cells), (8 * cells, 8 * cells))
+    priors = grid_priors(((16.0, 16.0),), 0.0, (cells, cells), (8 * cells, 8 * cells), CPU, torch.float32)
     corner = torch.cartesian_prod(*[torch.arange(num_objects_a_side) * 32.0 + 9] * 2)
     boxes = torch.cat([corner, corner + 14], 1)
     targets = make_targets([(0, 0, *box) for box in boxes.tolist()])
