@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.datasets.sources import open_source
     from utils.draw import draw_detections
     from utils.prefetch import prefetch
-    from utils.results import ResultWriter
+    from utils.results import ResultWriter, check_codec
     from utils.run import new_run, select_device, select_precision
     from utils.window import Window
 
@@ -86,6 +86,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # the pictures; the first one is read before anything is written
+    check_codec(args.fourcc)
     source = open_source(args.source, channels=model.channels, stride=args.vid_stride)
     folder = new_run(args.project, args.name, exist_ok=args.exist_ok)
     writer = ResultWriter(
@@ -133,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"warning: {problem}")
     print(f"Results: {folder}")
     if source.problems and args.strict:
-        raise QuarantineError(args.source, f"not everything could be read: {len(source.problems)} warnings above")
+        raise QuarantineError(args.source, "not everything could be read, see the warnings above")
 
 
 def class_numbers(wanted: list[str] | None, names: list[str]) -> list[int] | None:

@@ -40,8 +40,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
-    """One walk: data -> network -> detections in original pixels -> numbers, pictures, files."""
+def main(args: argparse.Namespace):
+    """One walk: data -> network -> detections in original pixels -> numbers, pictures, files. Returns the Evaluation."""
     from models.loading import find_file, input_size, load_network, stretches
     from models.predictor import Predictor
     from utils.datasets.dataset import DetectionDataset
@@ -99,6 +99,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save_json:
         print(f"COCO results: {predictions.write_json(data.category_ids)}")
     print(f"Results: {folder}")
+    return result
 
 
 class SingleClass:

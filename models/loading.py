@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.cfg import Cfg, adapt_classes, parse_cfg, read_cfg
+from models.cfg import adapt_classes, parse_cfg, read_cfg
 from models.darknet import Darknet
 from models.darknet_weights import read_weights
 from models.file_kind import CHECKPOINT, DARKNET, file_kind
@@ -38,14 +38,14 @@ def find_file(text: str | Path, kind: str) -> Path:
     return found
 
 
-def load_network(weights: str, *, cfg: str | None = None, names: list[str] | None = None) -> Loaded:
+def load_network(weights: str | Path, *, cfg: str | Path | None = None, names: list[str] | None = None) -> Loaded:
     """The network behind a weights file.
 
     Args:
         weights: one of our checkpoints (knows its cfg and names), or ``.weights`` / ``.pt`` together with ``cfg``.
         cfg: the network; overrides the checkpoint's.
         names: class names of the data or of a ``.names`` file; a checkpoint's must be the same, in the same order.
-            Without any, classes are called by number.
+            Without any, classes are called class0, class1, ...
 
     Raises:
         UserError: a file is missing or unreadable, cfg and weights do not belong together, or the names are others.
@@ -63,24 +63,31 @@ def load_network(weights: str, *, cfg: str | None = None, names: list[str] | Non
     elif cfg is None:
         raise UserError(path, "these weights do not say which network they belong to", "add --cfg NETWORK.cfg")
     else:
-        meta, network = {}, _adapted(read_cfg(find_file(cfg, "cfg")), names)
+        meta, network = {}, read_cfg(find_file(cfg, "cfg"))
+        network, changes = adapt_classes(network, len(names)) if names else (network, [])
         model = Darknet(network)
-        if file_kind(path) == DARKNET:
-            read_weights(model, path)
-        else:
-            report = load_pretrained(model, path)
-            if not report.complete:
-                raise UserError(path, f"does not fill {network.path}", report.summary())
-    names = names or [str(number) for number in range(model.num_classes)]
+        try:
+            _fill(model, path)
+        except UserError as error:
+            if not changes:
+                raise
+            raise UserError(path, f"not for the {len(names)} classes that are named: {error.message}") from error
+    names = names or [f"class{number}" for number in range(model.num_classes)]
     if len(names) != model.num_classes:
         found = f"the network has {model.num_classes} classes, but {len(names)} names were given"
         raise UserError(path, found, "pass the names it was trained on")
     return Loaded(model=model.eval(), names=list(names), meta=meta)
 
 
-def _adapted(cfg: Cfg, names: list[str] | None) -> Cfg:
-    """The cfg with as many classes as there are names."""
-    return adapt_classes(cfg, len(names))[0] if names else cfg
+def _fill(model: Darknet, path: Path) -> None:
+    """Every weight of the model from a file that does not know its network."""
+    if file_kind(path) == DARKNET:
+        read_weights(model, path)
+        return
+    report = load_pretrained(model, path)
+    if not report.complete:
+        first, *fates = (line.strip() for line in report.summary().splitlines())
+        raise UserError(path, f"does not fill {model.cfg.path}: {first}", "; ".join(fates[:4]))
 
 
 def input_size(wanted: list[int] | None, model) -> tuple[int, int]:

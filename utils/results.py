@@ -5,6 +5,7 @@ Every file appears whole or not at all: it is written beside its name and rename
 
 import json
 import re
+import tempfile
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -161,6 +162,12 @@ class ResultWriter:
             height, width = frame.image.shape[:2]
             self._video = VideoFile(path, frame.fps, (width, height), self.fourcc)
         return self._video
+
+
+def check_codec(fourcc: str) -> None:
+    """Raises UserError if OpenCV cannot write mp4 files with a codec."""
+    with tempfile.TemporaryDirectory() as folder:
+        VideoFile(Path(folder) / "codec.mp4", 30.0, (64, 64), fourcc).writer.release()
 
 
 class VideoFile:

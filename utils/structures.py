@@ -168,8 +168,12 @@ class Detections:
         return Detections(boxes=self.boxes.cpu(), scores=self.scores.cpu(), labels=self.labels.cpu())
 
     def to_original(self, info: ImageInfo) -> "Detections":
-        """From pixels of the network's input to pixels of the original picture, clipped to it."""
+        """From pixels of the network's input to pixels of the original picture, clipped to it.
+
+        What lies in the letterbox's margin only is no detection in the picture, and left out.
+        """
         boxes = info.letterbox.undo(self.boxes)
         height, width = info.size
         x, y = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
-        return replace(self, boxes=torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1))
+        clipped = replace(self, boxes=torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1))
+        return clipped[((x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1])).nonzero().squeeze(1)]

@@ -119,12 +119,14 @@ def test_chunks_and_pools_do_not_change_the_result(chunk, monkeypatch):
         assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
 
 
+@pytest.mark.parametrize("size", [(416, 416), (256, 608)])
 @pytest.mark.golden_case("darknet/nms/*.npz")
-def test_kept_sets_equal_darknet(case):
-    """One class after the other, as recorded: relative boxes, here on a canvas of 416."""
+def test_kept_sets_equal_darknet(case, size):
+    """One class after the other, as recorded: relative boxes, here on canvases of several shapes."""
     cases = np.load(case, allow_pickle=False)
     rows = cases["objectness"] > 0
-    boxes = xywh_to_xyxy(torch.from_numpy(cases["boxes"][rows]).double() * 416)
+    canvas = torch.tensor([size[1], size[0]] * 2)
+    boxes = xywh_to_xyxy(torch.from_numpy(cases["boxes"][rows]).double() * canvas)
     probabilities = torch.from_numpy(cases["probabilities"][rows]).double()
     certain = torch.full((1, len(boxes)), torch.inf, dtype=torch.float64)  # probabilities hold the objectness already
     found = postprocess(
@@ -134,6 +136,7 @@ def test_kept_sets_equal_darknet(case):
         kind=str(cases["kind"]),
         beta_nms=float(cases["beta_nms"]),
         max_det=10**6,
+        size=size,
     )[0]
     expected = [(label, row) for row, label in zip(*np.nonzero(cases["kept"][rows]))]
     kept = [(int(label), int((boxes == box).all(1).nonzero()[0])) for label, box in zip(found.labels, found.boxes)]

@@ -173,9 +173,7 @@ def _open(address: str | int, name: str) -> cv2.VideoCapture:
     if isinstance(address, str) and "://" not in address and not Path(address).is_file():
         raise UserError(name, "no such file")
     level = logging.getLogLevel()
-    logging.setLogLevel(
-        logging.LOG_LEVEL_SILENT
-    )  # its reasons would surround ours; FFmpeg's own line, which is to the point, still comes
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # a page about every backend; FFmpeg's one line still comes
     try:
         if isinstance(address, str) and "://" in address:
             timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT]
