@@ -41,7 +41,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace):
-    """One walk: data -> network -> detections in original pixels -> numbers, pictures, files. Returns the Evaluation."""
+    """One walk: data -> network -> detections in original pixels -> numbers, pictures, files; the Evaluation."""
     from models.loading import find_file, input_size, load_network, stretches
     from models.predictor import Predictor
     from utils.datasets.dataset import DetectionDataset
