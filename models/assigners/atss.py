@@ -4,6 +4,7 @@ Letters: B images, N objects, P slots, A anchors of a head, W cells of a window,
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class Atss:
     of a sample (n - 1) as in both; a lone candidate has 0 instead of NaN. Threshold in float64, so that equal IoUs have
     exactly themselves as mean.
     """
+
+    needs: ClassVar = ()
 
     topk: int = 9
     scale: float = 8.0

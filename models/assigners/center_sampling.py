@@ -5,6 +5,7 @@ Letters: B images, N objects, P slots, L levels, M slots around a centre.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class CenterSampling:
 
     Source: Tian et al. 2019 (FCOS), section 3.2, and its centre sampling; mmdetection 3.3.0, ``FCOSHead.get_targets``.
     """
+
+    needs: ClassVar = ()
 
     radius: float = 1.5
     reach: float = 8.0

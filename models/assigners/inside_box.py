@@ -4,6 +4,7 @@ Letters: B images, N objects, P slots, K = N * P rows.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -27,6 +28,8 @@ class InsideBox:
 
     Source: Zhu et al. 2020 (AutoAssign), section 3.2; mmdetection 3.3.0, ``CenterPrior``.
     """
+
+    needs: ClassVar = ()
 
     force_topk: int = 0
 

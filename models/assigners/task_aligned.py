@@ -5,7 +5,7 @@ Letters: B images, N objects, P slots, k candidates of an object.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +90,8 @@ class TaskAligned:
     Source: Feng et al. 2021 (TOOD), section 3.2; mmdetection 3.3.0 and ultralytics, ``TaskAlignedAssigner``. TOOD
     adds 1e-7 instead of 1e-9 where it normalises.
     """
+
+    needs: ClassVar = ()
 
     variant: Literal["tood", "v8_3", "v8_4"] = "tood"
     topk: int = 13

@@ -4,6 +4,7 @@ Letters: B images, N objects, P slots, C classes, K rows of the assignment.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class AutoAssignLoss(nn.Module):
     Source: Zhu et al. 2020, equations 2 to 9; mmdetection 3.3.0, ``AutoAssignHead``.
     """
 
-    needs = ()
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
