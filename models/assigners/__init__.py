@@ -2,6 +2,7 @@
 
 from models.assigners.atss import Atss
 from models.assigners.base import Assigner, build_targets
+from models.assigners.best_anchor import BestAnchor
 from models.assigners.center_sampling import CenterSampling
 from models.assigners.inside_box import InsideBox
 from models.assigners.ratio import Ratio
@@ -15,6 +16,7 @@ ASSIGNERS: dict[str, type[Assigner]] = {
     "simota": SimOTA,
     "rpn": RPN,
     "ratio": Ratio,
+    "best_anchor": BestAnchor,
     "inside_box": InsideBox,
     "atss": Atss,
     "task_aligned": TaskAligned,

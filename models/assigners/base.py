@@ -68,6 +68,10 @@ def ignored_slots(
     inside = ((priors.center >= low) & (priors.center <= high)).all(-1)  # [R, P]
     num_regions = torch.zeros(shape, dtype=torch.int32, device=prior.device)
     num_regions = num_regions.index_add(0, targets.ignore_image, inside.int())
+    return (num_regions > 0) & ~slots_with_rows(shape, image, prior, weight)
+
+
+def slots_with_rows(shape: tuple[int, int], image: Tensor, prior: Tensor, weight: Tensor) -> Tensor:
+    """Slots of ``shape`` [B, P] that a row [K] with weight stands on."""
     best = torch.zeros(shape, dtype=weight.dtype, device=prior.device).flatten()
-    best = best.scatter_reduce(0, image * len(priors) + prior, weight, "amax").view(shape)
-    return (num_regions > 0) & (best == 0)
+    return best.scatter_reduce(0, image * shape[1] + prior, weight, "amax").view(shape) > 0

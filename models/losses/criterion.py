@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.assigners import ASSIGNERS, Assigner, build_targets
 from models.losses.autoassign import AutoAssignLoss
+from models.losses.darknet import DarknetLoss
 from models.losses.rcnn import RCNNLoss
 from models.losses.yolo import YoloLoss
 from models.losses.yolov5 import Yolov5Loss
@@ -22,6 +23,7 @@ LOSSES: dict[str, type[nn.Module]] = {
     "yolo": YoloLoss,
     "rcnn": RCNNLoss,
     "yolov5": Yolov5Loss,
+    "darknet": DarknetLoss,
     "yolox": YoloxLoss,
     "autoassign": AutoAssignLoss,
 }

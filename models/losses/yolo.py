@@ -122,12 +122,18 @@ def sum_levels(values: Tensor, grids: tuple[Grid, ...]) -> Tensor:
 def objectness_targets(assignment: Assignment, strength: Tensor) -> Tensor:
     """Targets [B, P]: the strength [K] of the last row with weight on a slot, 0 where there is none.
 
-    Writing by index would leave the winner among duplicates to chance on a GPU. A maximum over row numbers has one
-    answer, and of the values added to a slot then all but one are zero.
+    Writing by index would leave the winner among duplicates to chance on a GPU; of the values added to a slot here all
+    but one are zero.
     """
     shape = assignment.ignore.shape
     slot = assignment.image * shape[1] + assignment.prior
-    number = torch.arange(1, len(slot) + 1, device=slot.device) * (assignment.weight > 0)
-    last = torch.zeros(shape.numel(), dtype=torch.int64, device=slot.device).scatter_reduce(0, slot, number, "amax")
-    wins = (number > 0) & (last[slot] == number)
+    wins = last_rows(slot, assignment.weight > 0)
     return strength.new_zeros(shape.numel()).scatter_add(0, slot, strength * wins).view(shape)
+
+
+def last_rows(numbers: Tensor, holds: Tensor) -> Tensor:
+    """Which [K] of the rows that hold [K] are the last with their number [K], which is 0 or more."""
+    numbers, order = torch.where(holds, numbers, -1).sort(stable=True)
+    is_last = torch.ones_like(holds)
+    is_last[:-1] = numbers[1:] != numbers[:-1]
+    return holds & torch.empty_like(holds).scatter(0, order, is_last)

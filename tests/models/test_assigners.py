@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
 
 from models.assigners import ASSIGNERS, build_targets
 from models.assigners.wh_iou import WhIoU
-from tests.models.yolov3_case import ANCHORS, OBJECTS, decode, make_raws, make_targets
+from tests.models.yolov3_case import ANCHORS, OBJECTS, decode, make_heads, make_raws, make_targets
 from utils.structures import Targets
 
 SIZE = (96, 128)
@@ -27,7 +28,14 @@ def triples(assignment) -> list[tuple[int, int, int]]:
 @pytest.fixture(params=ASSIGNERS)
 def assigner(request):
     """Every assigner with its defaults."""
-    return ASSIGNERS[request.param]()
+    return make_assigner(request.param)
+
+
+def make_assigner(name):
+    """An assigner with its defaults, told what it asks about the network."""
+    facts = {"heads": make_heads()}
+    asked = inspect.signature(ASSIGNERS[name]).parameters
+    return ASSIGNERS[name](**{fact: value for fact, value in facts.items() if fact in asked})
 
 
 # ------------------------------------------------------------------------------------------------------ the contract
@@ -105,6 +113,8 @@ def test_nothing_looks_at_a_value(assigner):
 def test_cuda_equals_cpu_without_a_sync(assigner):
     targets = make_targets(OBJECTS, ignore=[(1, 0, 0, 64, 96)])
     preds, on_device = predictions(device="cuda"), targets.to("cuda")
+    for head in getattr(assigner, "heads", ()):
+        head.to("cuda")
     build_targets(preds, on_device, assigner)  # the first call may load kernels
     torch.cuda.set_sync_debug_mode("error")
     try:

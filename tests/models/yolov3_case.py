@@ -7,6 +7,7 @@ import torch
 
 from models.coders import SigmoidExp
 from models.heads import YoloHead
+from models.section import Option, Section
 from models.structures import Predictions
 from utils.boxes import xywh_to_xyxy
 from utils.structures import Targets
@@ -15,14 +16,24 @@ YOLOV3 = SigmoidExp()
 ANCHORS = [[(62, 45), (59, 119), (116, 90)], [(30, 61), (45, 20), (33, 23)], [(10, 13), (16, 30), (23, 29)]]
 
 
+def make_heads(anchors=ANCHORS, num_classes=3, coder=YOLOV3, **keys) -> tuple[YoloHead, ...]:
+    """Heads of one table of anchors, each with its part of it; ``keys`` stand in every section."""
+    table = [tuple(map(float, pair)) for sizes in anchors for pair in sizes]
+    keys = {"classes": num_classes, **keys}
+    section = Section("yolo", 7, "test.cfg", {key: Option(key, str(value), 8) for key, value in keys.items()})
+    heads, start = [], 0
+    for sizes in anchors:
+        mask = range(start, start + len(sizes))
+        start += len(sizes)
+        heads.append(YoloHead(anchors=table, mask=mask, num_classes=num_classes, coder=coder, section=section))
+    return tuple(heads)
+
+
 def decode(raws, anchors, size, coder=YOLOV3) -> Predictions:
     """Raw outputs, per head [B, A, h, w, 5 + C], through the real heads."""
-    parts = []
-    for raw, sizes in zip(raws, anchors):
-        sizes = [tuple(map(float, pair)) for pair in sizes]
-        head = YoloHead(anchors=sizes, mask=range(len(sizes)), num_classes=raw.shape[-1] - 5, coder=coder, section=None)
-        parts.append(head.decode(raw.permute(0, 1, 4, 2, 3).flatten(1, 2), size))
-    return Predictions.cat(parts)
+    heads = make_heads(anchors, raws[0].shape[-1] - 5, coder)
+    maps = [raw.permute(0, 1, 4, 2, 3).flatten(1, 2) for raw in raws]
+    return Predictions.cat([head.decode(raw, size) for head, raw in zip(heads, maps)])
 
 
 class Golden:
