@@ -7,7 +7,7 @@ python test.py --weights yolov3.weights --cfg yolov3.cfg --data coco.data --save
 import argparse
 from pathlib import Path
 
-from utils.arguments import add_network, add_output, add_resize, add_thresholds, count
+from utils.arguments import add_network, add_output, add_resize, add_thresholds, count, whole
 from utils.errors import UserError, nearest, run_main
 
 ROOT = Path(__file__).resolve().parent
@@ -27,7 +27,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_resize(data)
     data.add_argument("--rect", action="store_true", help="batches as narrow as their pictures allow (letterbox only)")
     data.add_argument("--batch-size", type=count, default=16, metavar="N", help="default: 16")
-    data.add_argument("--workers", type=int, default=2, metavar="N", help="processes that load pictures (default: 2)")
+    data.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that load pictures (default: 2)")
     data.add_argument("--single-cls", action="store_true", help="count every object and every detection as one class")
     found = add_thresholds(parser, conf_thres=0.001, iou_thres=0.6)
     found.add_argument(

@@ -3,11 +3,16 @@
 import argparse
 
 
+def whole(text: str, least: int = 0) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, found {text!r}")
+    return int(text)
+
+
 def count(text: str) -> int:
     """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
-    return int(text)
+    return whole(text, least=1)
 
 
 def fraction(text: str) -> float:
