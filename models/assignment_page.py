@@ -76,7 +76,8 @@ assignment. It is the only difference between the pictures of a group: network, 
 side are the anchors of one cell.</li>
 <li>A <span class=bad>red dashed box</span> is an object that nobody answers for: this picture does not teach it.</li>
 <li><b>Hatched</b> slots are neither right nor wrong and learn nothing, the darker the more of them.</li>
-<li><b>&times;</b> is a slot that learns "nothing here". Where they are the majority, they are not marked.</li>
+<li><b>&times;</b> is a slot that learns "nothing here", marked where most slots learn nothing at all. Without
+hatching, every slot without a dot is one.</li>
 </ul>"""
 
 

@@ -18,7 +18,7 @@ from utils.structures import Batch, Targets
 SPREAD = 0.75  # of a cell: over so much of it the anchors of one cell stand side by side
 ROOM = 0.48  # radius of a point of full weight, in its share of that,
 LARGEST = 0.012  # but never more of the picture's longer side
-MAX_CROSSES = 0.5  # negatives are marked where fewer than this share of the slots are negatives
+MOST = 0.5  # negatives are marked one by one where a larger share of the slots than this is ignored
 
 
 def sheets(model: nn.Module, batch: Batch, *, max_pictures: int = 4) -> list[np.ndarray]:
@@ -77,7 +77,6 @@ def _panel(assignment: Assignment, comparison: Comparison, batch: Batch, picture
     ignore = assignment.ignore[picture]
     negative = ~ignore
     negative[prior] = False
-    few = negative.double().mean() < MAX_CROSSES
     return draw_assignment(
         image,
         comparison.targets.boxes[comparison.targets.image == picture].numpy(),
@@ -86,7 +85,7 @@ def _panel(assignment: Assignment, comparison: Comparison, batch: Batch, picture
         assignment.target[mine].numpy() - first,
         room * np.sqrt(weight / weight.max(initial=1e-9)),
         _ignored(ignore, priors, image.shape[:2]),
-        priors.center[negative].numpy() if few else np.zeros((0, 2)),
+        priors.center[negative].numpy() if ignore.double().mean() > MOST else np.zeros((0, 2)),
     )
 
 

@@ -103,6 +103,13 @@ def test_flags(place, monkeypatch, flags):
     assert (folder / "weights" / "last.safetensors").exists()
 
 
+def test_assignments_are_shown_after_every_evaluation(place, monkeypatch):
+    folder = run(monkeypatch, place, "--epochs", "1", "--show-assignments", name="shown")
+    assert (folder / "assignments0.jpg").stat().st_size > 10_000
+    events = b"".join(file.read_bytes() for file in (folder / "tensorboard").iterdir())
+    assert b"assignments0" in events
+
+
 def test_start_from_weights_with_one_class_and_frozen_layers(place, finished, monkeypatch, capsys):
     weights = finished / "weights" / "best.weights"
     folder = run(
