@@ -22,10 +22,11 @@ class Ratio:
     """Match where neither width nor height of object and anchor differ by a factor of ``anchor_t``, in up to 3 cells.
 
     Beside its own cell an object takes the left one if its centre lies in the left half of the cell, else the right
-    one, and likewise above or below; not on an exact half, and never across the border of the image. Hence three times
-    as many positives as YOLOv3, and offsets of -0.5..1.5 cells for the head to reach (``scale_x_y=2``). An object may
-    be answered for by several anchors and heads, or by nobody. Row order: head, place (own, left, up, right, down),
-    anchor, object; pairs that do not match have weight 0. Where two objects meet in one slot, both rows stand.
+    one, and likewise above or below; neither on an exact half, none across the border of the image. A centre exactly
+    between two cells counts twice for its own, as in the peer. Hence three times as many positives as YOLOv3, and
+    offsets of -0.5..1.5 cells for the head to reach (``scale_x_y=2``). An object may be answered for by several anchors
+    and heads, or by nobody. Row order: head, place (own, left, up, right, down), anchor, object; pairs that do not
+    match have weight 0. Where two objects meet in one slot, both rows stand.
 
     Source: ultralytics/yolov5 v7.0, ``ComputeLoss.build_targets`` (identical in v6.0).
     """
