@@ -1,4 +1,4 @@
-"""The law of the house, kept by a machine: who may import whom, no work at import, no vague file names, no size creep."""
+"""The law of the house, kept by a machine: who may import whom, no work at import, no vague names, no size creep."""
 
 import ast
 import json
@@ -80,7 +80,7 @@ def test_no_vague_names():
 
 
 def test_importing_has_no_effect():
-    """Every module in one fresh interpreter: environment, threads, log handlers and working folder stay as they were."""
+    """Every module in one fresh interpreter: environment, threads, log handlers and working folder stay the same."""
     code = f"""
 import json, os, logging, sys, threading, warnings
 import torch, numpy, cv2
