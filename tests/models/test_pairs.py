@@ -1,6 +1,7 @@
 """Every assigner with every loss: what makes sense trains, what cannot is refused at the line of the cfg."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,13 @@ from models.darknet import Darknet
 from models.losses import LOSSES, build_criterion
 from models.section import CfgError
 from tests.models.yolov3_case import ANCHORS, OBJECTS, decode, make_heads, make_raws, make_targets
+from tests.utils.tiny import tiny_batch, tiny_step
+from utils.boxes import paired_iou
+from utils.config import RECIPES, read_recipe
 from utils.errors import UserError
+from utils.run import PRECISIONS
 from utils.structures import Targets
+from utils.trainer import Trainer
 
 CFG = Path(__file__).resolve().parents[2] / "cfg"
 SIZE = (96, 128)
@@ -194,3 +200,25 @@ def test_objects_of_pictures_far_apart_are_seen_alike():
     ours, theirs = assignment.compact(), expected.compact()
     mine = ours.image == 5
     assert torch.equal(ours.prior[mine], theirs.prior) and torch.equal(ours.target[mine] - 50, theirs.target)
+
+
+@torch.no_grad()
+def overlap_of(model, batch) -> float:
+    """Mean over the objects of the best IoU that any slot of their picture predicts."""
+    preds = model.eval().predict(batch.images / 255)
+    return paired_iou(preds.boxes[batch.targets.image], batch.targets.boxes[:, None]).amax(1).mean().item()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_teaches_a_head_with_anchors(name):
+    """With its own rates and gains, in a hundred small steps, boxes come to fit their objects better."""
+    recipe, step, batch = read_recipe(name), tiny_step(), tiny_batch(range(8))
+    step.criterion = build_criterion(recipe.assigner, recipe.loss, 2, name, step.model.heads)
+    optim = replace(recipe.optim, nominal_batch=8, warmup_epochs=0.0)
+    options = {"device": torch.device("cpu"), "precision": PRECISIONS["float32"], "optim": optim}
+    trainer = Trainer(step, num_batches=1, batch_size=8, epochs=100, **options)
+    before = overlap_of(step.model, batch)
+    for _ in range(100):
+        trainer.train_epoch([batch])
+    after = overlap_of(step.model, batch)
+    assert after > before
