@@ -8,8 +8,10 @@ and ``annotations/{train,val}.json`` with the polygons of what is visible of eac
 
 import json
 import math
+import os
 import secrets
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +20,9 @@ import numpy as np
 
 from utils.errors import ResourceError, UserError
 
-VERSION = 2  # of what a seed draws
+VERSION = 3  # of what a seed draws
 NAMES = ("circle", "rectangle", "triangle")
-NUM_PICTURES = {"train": 600, "val": 120}
+NUM_PICTURES = {"train": 1200, "val": 120}
 SIZES = ((240, 320), (320, 240), (240, 240), (208, 368), (288, 288))  # H, W
 SIDES = (22.0, 150.0)  # of a shape, pixels; drawn log-uniformly
 MAX_SHAPES = 8
@@ -96,39 +98,42 @@ def _write_split(root: Path, split: str, num: int, seed: np.random.SeedSequence)
         (root / kind / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
-    for index, child in enumerate(seed.spawn(num)):
-        image, shapes = draw_picture(np.random.default_rng(child))
-        height, width = image.shape[:2]
-        name = f"{index:04d}"
-        _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        (root / "images" / split / f"{name}.jpg").write_bytes(data.tobytes())
-        images.append({"id": index + 1, "file_name": f"{name}.jpg", "width": width, "height": height})
-        rows = []
-        for label, mask, _ in shapes:
-            x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
-            center = (x + w / 2) / width, (y + h / 2) / height
-            rows.append(f"{label} {center[0]:.6f} {center[1]:.6f} {w / width:.6f} {h / height:.6f}\n")
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": label + 1,
-                    "bbox": [x, y, w, h],
-                    "area": int(mask.sum()),
-                    "iscrowd": 0,
-                    "segmentation": _polygons(mask),
-                }
-            )
-        (root / "labels" / split / f"{name}.txt").write_text("".join(rows), encoding="utf-8")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for index, (data, (height, width), objects) in enumerate(pool.map(_make, seed.spawn(num))):
+            name = f"{index:04d}"
+            (root / "images" / split / f"{name}.jpg").write_bytes(data)
+            images.append({"id": index + 1, "file_name": f"{name}.jpg", "width": width, "height": height})
+            rows = []
+            for item in objects:
+                x, y, w, h = item["bbox"]
+                center = (x + w / 2) / width, (y + h / 2) / height
+                label = item["category_id"] - 1
+                rows.append(f"{label} {center[0]:.6f} {center[1]:.6f} {w / width:.6f} {h / height:.6f}\n")
+                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **item})
+            (root / "labels" / split / f"{name}.txt").write_text("".join(rows), encoding="utf-8")
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(NAMES)]
     data = {"images": images, "annotations": annotations, "categories": categories}
     (root / "annotations" / f"{split}.json").write_text(json.dumps(data), encoding="utf-8")
 
 
-def _polygons(mask: np.ndarray) -> list[list[int]]:
-    """The outlines of a mask's parts as COCO polygons, x1 y1 x2 y2 ... in pixels."""
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [contour.ravel().tolist() for contour in contours if len(contour) >= 3]
+def _make(seed: np.random.SeedSequence) -> tuple[bytes, tuple[int, int], list[dict]]:
+    """One picture as the bytes of a JPEG, its (H, W), and its objects as COCO describes them."""
+    image, shapes = draw_picture(np.random.default_rng(seed))
+    _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return data.tobytes(), image.shape[:2], [_describe(shape) for shape in shapes]
+
+
+def _describe(shape: Shape) -> dict:
+    """COCO's entry of a shape: the outlines of its visible parts, and the box around them. Specks are no parts."""
+    contours, _ = cv2.findContours(shape.mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    contours = [contour for contour in contours if len(contour) >= 3]
+    return {
+        "category_id": shape.label + 1,
+        "bbox": list(cv2.boundingRect(np.concatenate(contours))),
+        "area": int(shape.mask.sum()),
+        "iscrowd": 0,
+        "segmentation": [contour.ravel().tolist() for contour in contours],
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
@@ -150,11 +155,9 @@ def draw_picture(rng: np.random.Generator) -> tuple[np.ndarray, list[Shape]]:
 def _background(rng, height, width) -> np.ndarray:
     """float32 [H, W, 3]: two colours mixed by a texture, with grain."""
     texture = TEXTURES[rng.integers(len(TEXTURES))](rng, height, width)[..., None]
-    first, second = rng.uniform(30, 225, (2, 3))
-    second = first + (second - first) * rng.uniform(0.2, 0.7)
-    canvas = first + (second - first) * texture
-    canvas += rng.normal(0, rng.uniform(1, 9), canvas.shape)
-    return canvas.astype(np.float32)
+    first, second = rng.uniform(30, 225, (2, 3)).astype(np.float32)
+    canvas = first + (second - first) * np.float32(rng.uniform(0.2, 0.7)) * texture
+    return canvas + rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(1, 9))
 
 
 def _clouds(rng, height, width):
@@ -271,7 +274,11 @@ def _coverage(corners, height, width) -> np.ndarray:
 
 
 def _blend(canvas, coverage, colour) -> None:
-    canvas += (colour - canvas) * coverage[..., None]
+    """Lay a colour, [3] or [H, W, 3], over the canvas where a shape covers it."""
+    x, y, w, h = cv2.boundingRect((coverage > 0).astype(np.uint8))
+    area = slice(y, y + h), slice(x, x + w)
+    colour = np.broadcast_to(colour, canvas.shape)[area]
+    canvas[area] += (colour - canvas[area]) * coverage[area][..., None]
 
 
 def _contrasting(rng, behind) -> np.ndarray:
@@ -291,8 +298,9 @@ def _shading(rng, height, width) -> np.ndarray:
 def _develop(rng, canvas) -> np.ndarray:
     """Light from one side, blur, sensor noise, 8 bits."""
     height, width = canvas.shape[:2]
-    canvas *= (1 + rng.uniform(0, 0.7) * (_ramp(rng, height, width) - 0.5))[..., None] * rng.uniform(0.75, 1.15)
+    light = 1 + rng.uniform(0, 0.7) * (_ramp(rng, height, width) - 0.5)
+    canvas *= (light * rng.uniform(0.75, 1.15)).astype(np.float32)[..., None]
     if rng.random() < 0.4:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.4, 1.4))
-    canvas += rng.normal(0, rng.uniform(0, 6), canvas.shape)
+    canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(0, 6))
     return np.clip(canvas, 0, 255).astype(np.uint8)
