@@ -7,7 +7,13 @@ PY     := $(VENV)/bin/python
 .PHONY: demo test lint format setup clean
 
 demo: $(VENV)/.installed
-	$(PY) train.py --name demo $(DEMO)
+	$(PY) train.py --project runs/demo --name train --exist-ok
+	$(PY) test.py --weights runs/demo/train/weights/best.safetensors --project runs/demo --name test --exist-ok --verbose
+	$(PY) detect.py --weights runs/demo/train/weights/best.safetensors --source data/shapes/images/val --project runs/demo --name detect --exist-ok
+	@echo
+	@echo "Look at       runs/demo/detect/*.jpg, runs/demo/train/val_batch0_pred.jpg"
+	@echo "how it went   runs/demo/train/results.png    (live: $(VENV)/bin/tensorboard --logdir runs/demo/train/tensorboard)"
+	@echo "checkpoint    runs/demo/train/weights/best.safetensors, and best.weights with network.cfg for Darknet and OpenCV"
 
 test: $(VENV)/.installed-dev lint
 	$(PY) -m pytest -q $(TESTS)

@@ -27,7 +27,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_resize(data)
     data.add_argument("--rect", action="store_true", help="batches as narrow as their pictures allow (letterbox only)")
     data.add_argument("--batch-size", type=count, default=16, metavar="N", help="default: 16")
-    data.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that load pictures (default: 2)")
+    data.add_argument("--workers", type=whole, metavar="N", help="processes that load pictures (default: by the cores)")
     data.add_argument("--single-cls", action="store_true", help="count every object and every detection as one class")
     found = add_thresholds(parser, conf_thres=0.001, iou_thres=0.6)
     found.add_argument(
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace):
     from utils.metrics import PROTOCOLS
     from utils.plots import save_evaluation_plots
     from utils.results import Predictions
-    from utils.run import new_run, select_device, select_precision
+    from utils.run import new_run, select_device, select_precision, share_cores
 
     # what a person can get wrong is found before the data is read, which may take minutes
     if args.protocol not in PROTOCOLS:
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace):
         data, predict = data.as_single_class(), SingleClass(predict)
     dataset = DetectionDataset(data.records, channels=model.channels, stretch=stretch)
     sampler = EvalSampler(dataset.sizes, args.batch_size, size, rect=args.rect and not stretch, stride=model.stride)
-    loader = build_loader(dataset, sampler, workers=args.workers, pin_memory=device.type == "cuda")
+    loader = build_loader(dataset, sampler, workers=share_cores(device, args.workers), pin_memory=device.type == "cuda")
 
     # measure
     folder, names = new_run(args.project, args.name, exist_ok=args.exist_ok), list(data.names)

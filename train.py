@@ -29,7 +29,7 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
         "--data", default=str(ROOT / "data/shapes.yaml"), help="data.yaml, Darknet .data, COCO .json or a folder"
     )
     what.add_argument("--weights", default="", help="start from .weights, *.conv.NN, .safetensors or .pt")
-    what.add_argument("--hyp", default="yolov3", metavar="RECIPE", help="a file, or the name of one in cfg/hyp")
+    what.add_argument("--hyp", default="matchbox", metavar="RECIPE", help="a file, or the name of one in cfg/hyp")
     what.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe")
     what.add_argument("--single-cls", action="store_true", help="treat all classes as one")
 
@@ -64,7 +64,7 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
     machine = parser.add_argument_group("on what machine")
     machine.add_argument("--device", default="", help="cpu, or the number of a GPU; default: a GPU if there is one")
     machine.add_argument(
-        "--workers", type=int, default=None, help="processes that load pictures; default: one per core, 8 at most"
+        "--workers", type=int, default=None, help="processes that load pictures; default: by the cores there are"
     )
     machine.add_argument("--cache", nargs="?", const="ram", choices=("ram", "disk"), help="keep decoded pictures")
     machine.add_argument(
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, device) -> None:
     from utils.gallery import Gallery
     from utils.logger import Logger
     from utils.plots import save_evaluation_plots, save_labels_png, save_results_png
-    from utils.run import WEIGHTS, select_precision, set_seed, shared_new_run
+    from utils.run import WEIGHTS, select_precision, set_seed, share_cores, shared_new_run
     from utils.timing import Waiting
     from utils.trainer import Trainer
 
@@ -152,7 +152,7 @@ def train(args: argparse.Namespace, device) -> None:
         cache=args.cache,
         seed=args.seed,
         epochs=args.epochs,
-        workers=args.workers,
+        workers=share_cores(device, args.workers),
         pin_memory=device.type == "cuda",
     )
 

@@ -1,5 +1,6 @@
 """What a run stands on: its own folder, a device, a precision, a seed."""
 
+import os
 import random
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from utils.checkpoint import SUFFIX, latest_valid
-from utils.distributed import broadcast, is_main, local_rank
+from utils.distributed import broadcast, is_main, local_rank, world_size
 from utils.errors import ResourceError, UserError
 
 WEIGHTS = "weights"  # folder of a run's checkpoints
@@ -144,3 +145,17 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def share_cores(device: torch.device, workers: int | None) -> int:
+    """How many loading processes to start; None: one per core for a GPU, one per four cores for a CPU, 8 at most.
+
+    A network on the CPU computes with the cores that are left. More threads than cores would wait for each other at
+    every convolution: with one loading process too many, a step on two cores takes ten times as long.
+    """
+    cores = max(1, (os.cpu_count() or 1) // world_size())
+    if workers is None:
+        workers = min(8, cores if device.type == "cuda" else cores // 4)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+    return workers

@@ -1,6 +1,5 @@
 """What training and validation look at: both splits of a data set, and their loaders."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +51,7 @@ def build_loaders(
     cache: str | None,
     seed: int,
     epochs: int,
-    workers: int | None,
+    workers: int,
     pin_memory: bool,
 ) -> tuple[DataLoader, DataLoader]:
     """(training, validation): augmented batches dealt to all processes; plain ones in full for the first process.
@@ -64,7 +63,7 @@ def build_loaders(
         rect: pictures of like shape share a training batch.
         balance: pictures with rare classes come more often.
         cache: keep decoded pictures in ``ram`` or on ``disk``.
-        workers: loading processes; None: one per core, 8 at most.
+        workers: loading processes.
 
     Raises:
         UserError: batches that cannot be dealt to the processes, pictures that cannot be cached.
@@ -93,8 +92,6 @@ def build_loaders(
         world=world_size(),
         stride=stride,
     )
-    if workers is None:
-        workers = min(8, (os.cpu_count() or 1) // world_size())
     options = {"workers": workers, "pin_memory": pin_memory}
     eval_sampler = EvalSampler(val.sizes, share, size, rect=not stretch, stride=stride)
     return build_loader(train, sampler, **options), build_loader(val, eval_sampler, **options)
