@@ -1,10 +1,11 @@
 # make demo   train, evaluate and detect on the built-in data set
 # make test   lint and the whole test suite (what CI runs)
+# make bench  tables of benchmarks/README.md (under an hour on two cores)
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test bench lint format setup clean
 
 demo: $(VENV)/.installed
 	$(PY) train.py --project runs/demo --name train --exist-ok
@@ -21,6 +22,11 @@ test: $(VENV)/.installed-dev lint
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+bench: $(VENV)/.installed
+	$(PY) -m benchmarks.assign_cost
+	$(PY) -m benchmarks.assigners
+	$(PY) -m benchmarks.yolox_ladder
 
 format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
