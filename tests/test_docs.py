@@ -1,0 +1,48 @@
+"""What the pages promise exists: every test that an answer names, every page, picture and file that is linked."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+TESTS = {
+    name
+    for file in (ROOT / "tests").rglob("test_*.py")
+    for name in (file.stem, *re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE))
+}
+
+
+def page(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("file", PAGES, ids=page)
+def test_every_test_that_a_page_names_exists(file):
+    named = set(re.findall(r"\btest_[a-z0-9_]+\b", file.read_text(encoding="utf-8")))
+    assert not named - TESTS
+
+
+@pytest.mark.parametrize("file", PAGES, ids=page)
+def test_every_link_leads_somewhere(file):
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (file.parent / path).resolve() if path else file
+        assert linked.exists(), f"{target} in {page(file)}"
+        if anchor:
+            assert anchor in headings(linked), f"{target} in {page(file)}"
+
+
+def headings(file: Path) -> set[str]:
+    """Anchors of a page, as its reader's browser names them."""
+    titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs/assigners").glob("*.md")), ids=page)
+def test_every_file_that_a_page_about_assigners_names_exists(file):
+    named = re.findall(r"`((?:models|cfg|tests|utils)/[\w/.-]+\.\w+)`", file.read_text(encoding="utf-8"))
+    assert named and not [name for name in named if not (ROOT / name).is_file()]
