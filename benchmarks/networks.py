@@ -14,8 +14,6 @@ from models.darknet import Darknet
 
 ROOT = Path(__file__).resolve().parents[1]
 
-STEMS = (20, 28)  # layers of matchbox.cfg that its heads begin with: strides 16 and 8
-
 
 def coupled(num_classes: int) -> Cfg:
     """cfg/matchbox.cfg: three anchors per cell, one convolution for all they say."""
@@ -50,17 +48,24 @@ def build_network(name: str, num_classes: int) -> Darknet:
     return model
 
 
-def _with_heads(num_classes: int, head: Callable) -> Cfg:
-    """matchbox.cfg with each head replaced, from its 3x3 convolution on, by ``head(that section, [yolo])``."""
+def _with_heads(num_classes: int, head_text: Callable) -> Cfg:
+    """matchbox.cfg with each head replaced, from its 3x3 convolution on, by ``head_text(that section, [yolo])``."""
     base = coupled(num_classes)
-    # the second head's path begins at layer 19, which is four layers before it in matchbox.cfg only
-    base = base.with_options([(base.layers[23], "layers", STEMS[0] - 1)])
+    heads = [index for index, section in enumerate(base.layers) if section.type == "yolo"]
+    base = base.with_options([_absolute(base, head + 1) for head in heads[:-1]])  # what is before it changes length
     lines, text, start = base.text.splitlines(), [], 0
-    for stem in STEMS:
-        convolution, yolo = base.layers[stem], base.layers[stem + 2]
-        text += [*lines[start : convolution.line - 1], head(convolution, yolo)]
-        start = next((section.line - 1 for section in base.layers if section.line > yolo.line), len(lines))
+    for index in heads:
+        stem, yolo = base.layers[index - 2], base.layers[index]
+        end = base.layers[index + 1].line - 1 if index + 1 < len(base.layers) else len(lines)
+        text += [*lines[start : stem.line - 1], head_text(stem, yolo)]
+        start = end
     return parse_cfg("\n".join(text), f"{base.path} with another head")
+
+
+def _absolute(cfg: Cfg, index: int):
+    """The change by which the ``[route]`` at ``index`` names its layers from the beginning."""
+    layers = (index + layer if layer < 0 else layer for layer in cfg.layers[index].ints("layers"))
+    return cfg.layers[index], "layers", ",".join(map(str, layers))
 
 
 class _Layers(list):
