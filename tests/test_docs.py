@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from models.assigners import ASSIGNERS
+from models.losses import LOSSES
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 TESTS = {
@@ -46,3 +49,11 @@ def headings(file: Path) -> set[str]:
 def test_every_file_that_a_page_about_assigners_names_exists(file):
     named = re.findall(r"`((?:models|cfg|tests|utils)/[\w/.-]+\.\w+)`", file.read_text(encoding="utf-8"))
     assert named and not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_the_page_of_assigners_knows_them_all():
+    text = (ROOT / "docs/assigners.md").read_text(encoding="utf-8")
+    table = {tuple(re.findall(r"`(\w+)`", line)) for line in text.splitlines() if line.startswith("|")}
+    systems = {row for row in table if len(row) > 1 and row[0] in ASSIGNERS}
+    assert {row[0] for row in systems} == set(ASSIGNERS)
+    assert {row[-1] for row in systems} == set(LOSSES)
