@@ -14,13 +14,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 import cv2
 import numpy as np
-from cv2.utils import logging
 
 from utils.datasets.formats.pictures import read_lines
 from utils.datasets.images import IMAGE_SUFFIXES, read_image
 from utils.errors import UserError
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".webm", ".ts"}
+SILENT = 0  # OpenCV's log level
 DEFAULT_FPS = 30.0  # for cameras and containers that state none
 TIMEOUT = 10_000  # milliseconds without an answer after which a stream counts as gone
 SLACK = 0.01  # of the frames a container promises: their number is often an estimate from the duration
@@ -172,8 +172,9 @@ def _read_video(address: str | int, name: str, channels: int, stride: int, sourc
 def _open(address: str | int, name: str) -> cv2.VideoCapture:
     if isinstance(address, str) and "://" not in address and not Path(address).is_file():
         raise UserError(name, "no such file")
-    level = logging.getLogLevel()
-    logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # a page about every backend; FFmpeg's one line still comes
+    log = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # it moved within OpenCV 4
+    level = log.getLogLevel()
+    log.setLogLevel(SILENT)  # a page about every backend; FFmpeg's one line still comes
     try:
         if isinstance(address, str) and "://" in address:
             timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT]
@@ -181,7 +182,7 @@ def _open(address: str | int, name: str) -> cv2.VideoCapture:
         else:
             capture, kind = cv2.VideoCapture(address), "camera" if isinstance(address, int) else "video"
     finally:
-        logging.setLogLevel(level)
+        log.setLogLevel(level)
     if not capture.isOpened():
         raise UserError(name, f"the {kind} does not open", "is it there, readable, and in a format OpenCV decodes?")
     return capture
