@@ -13,9 +13,20 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.arguments import count, whole
 from utils.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent
+
+
+MOVED = {  # flags of other trainers that say how a network is taught
+    "--adam": "--set optimizer=adam",
+    "--optimizer": "--set optimizer=adamw",
+    "--cos-lr": "--set schedule=cosine",
+    "--multi-scale": "--set multi_scale=0.67,1.5",
+    "--label-smoothing": "--set label_smoothing=0.1",
+    "--accumulate": "--set nominal_batch=64",
+}
 
 
 def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namespace:
@@ -34,8 +45,8 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
     what.add_argument("--single-cls", action="store_true", help="treat all classes as one")
 
     how = parser.add_argument_group("how long, how large")
-    how.add_argument("--epochs", type=int, default=30)
-    how.add_argument("--batch-size", type=int, default=16, help="images of a batch, over all processes")
+    how.add_argument("--epochs", type=count, default=40, help="times through the training pictures (default: 40)")
+    how.add_argument("--batch-size", type=count, default=16, help="images of a batch, over all processes")
     how.add_argument(
         "--img-size",
         "--imgsz",
@@ -57,16 +68,18 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
         help="one N: the first N layers; several: these layers",
     )
     how.add_argument(
-        "--patience", type=int, default=100, help="stop after so many epochs without a better one; 0: never"
+        "--patience", type=whole, default=100, help="stop after so many epochs without a better one; 0: never"
     )
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seed", type=whole, default=0)
 
     machine = parser.add_argument_group("on what machine")
     machine.add_argument("--device", default="", help="cpu, or the number of a GPU; default: a GPU if there is one")
     machine.add_argument(
-        "--workers", type=int, default=None, help="processes that load pictures; default: by the cores there are"
+        "--workers", type=whole, default=None, help="processes that load pictures; default: by the cores there are"
     )
-    machine.add_argument("--cache", nargs="?", const="ram", choices=("ram", "disk"), help="keep decoded pictures")
+    machine.add_argument(
+        "--cache", "--cache-images", nargs="?", const="ram", choices=("ram", "disk"), help="keep decoded pictures"
+    )
     machine.add_argument(
         "--precision",
         choices=("auto", "float32", "bf16", "fp16"),
@@ -84,7 +97,9 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
     output.add_argument("--exist-ok", action="store_true", help="write into project/name even if it is there")
     output.add_argument("--nosave", action="store_true", help="checkpoints after the last epoch only")
     output.add_argument("--noval", "--notest", action="store_true", help="evaluate after the last epoch only")
-    output.add_argument("--save-period", type=int, default=0, metavar="N", help="keep a checkpoint of every N-th epoch")
+    output.add_argument(
+        "--save-period", type=whole, default=0, metavar="N", help="keep a checkpoint of every N-th epoch"
+    )
     output.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="continue a run folder or checkpoint; default: the newest"
     )
@@ -95,7 +110,11 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
     )
     output.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(**(defaults or {}))
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        cure = MOVED.get(flag.partition("=")[0])
+        parser.error(f"{flag} belongs to the recipe: {cure}" if cure else f"unrecognized arguments: {flag}")
+    return args
 
 
 def main() -> None:
