@@ -8,7 +8,7 @@ PY     := $(VENV)/bin/python
 .PHONY: demo test bench lint format setup clean
 
 demo: $(VENV)/.installed
-	$(PY) train.py --project runs/demo --name train --exist-ok
+	$(PY) train.py --project runs/demo --name train --exist-ok --cache
 	$(PY) test.py --weights runs/demo/train/weights/best.safetensors --project runs/demo --name test --exist-ok --verbose
 	$(PY) detect.py --weights runs/demo/train/weights/best.safetensors --source data/shapes/images/val --project runs/demo --name detect --exist-ok
 	@echo

@@ -45,7 +45,7 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
     what.add_argument("--single-cls", action="store_true", help="treat all classes as one")
 
     how = parser.add_argument_group("how long, how large")
-    how.add_argument("--epochs", type=count, default=40, help="times through the training pictures (default: 40)")
+    how.add_argument("--epochs", type=count, default=50, help="times through the training pictures (default: 50)")
     how.add_argument("--batch-size", type=count, default=16, help="images of a batch, over all processes")
     how.add_argument(
         "--img-size",
