@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 from models.section import Section
 
@@ -31,7 +30,7 @@ class YoloKeys:
     multipliers: tuple[float, ...] | None = None  # of the classes, from counters_per_class
 
     @classmethod
-    def read(cls, section: Section) -> Self:
+    def read(cls, section: Section) -> "YoloKeys":
         """Errors: CfgError at the line of a value that is none, or of counters that are not one per class."""
         floats = "truth_thresh iou_thresh iou_normalizer obj_normalizer cls_normalizer delta_normalizer max_delta"
         values = {key: section.float(key, getattr(cls, key)) for key in (*floats.split(), "label_smooth_eps")}
