@@ -1,6 +1,11 @@
 """The data's nouns. Boxes are float32 xyxy in pixels; which pixels is part of each type.
 
-Letters: B images, N objects, R ignore regions, n rows of one image, H W height and width.
+Letters: B images, N objects, R ignore regions, n rows of one image, H W height and width, G rings of n objects, V their
+corners, S side of a mask in its box's frame.
+
+A mask is an outline (``Outlines``) where objects still move, and pixels in the frame of its own box where a network
+sees or makes it: ``[S, S]`` cells that divide the box evenly, whatever its size. ``utils/outlines.py`` makes the pixels,
+``utils/mask_frames.py`` puts them on a picture.
 """
 
 from dataclasses import dataclass, replace
@@ -8,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+
+from utils.mask_frames import reframe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,60 @@ class ImageInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outlines:
+    """What n objects cover: each the union of its rings, each ring a closed polygon filled by the even-odd rule.
+
+    Flat, so that a data set's outlines are three arrays. Corners are in the same pixels as the boxes they stand beside.
+    """
+
+    corners: np.ndarray  # float32 [V, 2] x, y, ring after ring
+    lengths: np.ndarray  # int32 [G], corners of each ring
+    owner: np.ndarray  # int32 [G], non-decreasing: the object a ring belongs to; one may have none
+    num: int  # n
+
+    @classmethod
+    def of(cls, objects) -> "Outlines":
+        """From a list of rings [k, 2] for each object."""
+        rings = [np.asarray(ring, np.float32).reshape(-1, 2) for mine in objects for ring in mine]
+        return cls(
+            corners=np.concatenate([np.zeros((0, 2), np.float32), *rings]),
+            lengths=np.array([len(ring) for ring in rings], np.int32),
+            owner=np.repeat(np.arange(len(objects), dtype=np.int32), [len(mine) for mine in objects]),
+            num=len(objects),
+        )
+
+    @classmethod
+    def cat(cls, parts: list["Outlines"]) -> "Outlines":
+        """The objects of several, one after the other."""
+        first = np.cumsum([0, *(part.num for part in parts)], dtype=np.int32)
+        return cls(
+            corners=np.concatenate([np.zeros((0, 2), np.float32), *(part.corners for part in parts)]),
+            lengths=np.concatenate([np.zeros(0, np.int32), *(part.lengths for part in parts)]),
+            owner=np.concatenate([np.zeros(0, np.int32), *(part.owner + row for part, row in zip(parts, first))]),
+            num=int(first[-1]),
+        )
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, kept) -> "Outlines":
+        """The objects of a mask bool [n] or of a slice."""
+        rows = np.zeros(self.num, bool)
+        rows[kept] = True
+        rings = rows[self.owner]
+        return Outlines(
+            corners=self.corners[np.repeat(rings, self.lengths)],
+            lengths=self.lengths[rings],
+            owner=(np.cumsum(rows) - 1)[self.owner[rings]].astype(np.int32),
+            num=int(rows.sum()),
+        )
+
+    def moved(self, corners: np.ndarray) -> "Outlines":
+        """The same rings with other corners [V, 2]."""
+        return replace(self, corners=corners.astype(np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """One annotated picture as a data set describes it, in pixels of the original (EXIF orientation applied).
 
@@ -62,6 +123,7 @@ class Record:
     crowd: np.ndarray  # bool [n], a subset of ignore
     area: np.ndarray  # float32 [n], the annotated (mask) area where there is one, else width * height
     image_id: int | str | None = None  # the data set's own id (COCO), for results files
+    outlines: Outlines | None = None  # of the n objects, where masks were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +135,7 @@ class Sample:
     labels: np.ndarray  # int64 [n]
     ignore: np.ndarray  # bool [n]
     info: ImageInfo
+    outlines: Outlines | None = None  # of the n objects, pixels of ``image``; may reach beyond their clipped boxes
 
     def replace(self, **changes) -> "Sample":
         return replace(self, **changes)
@@ -92,9 +155,10 @@ class Targets:
     ignore_image: Tensor  # int64 [R]
     ignore_boxes: Tensor  # float32 [R, 4] xyxy
     max_per_image: int  # objects of the fullest picture: sizes tables on the device without asking it
+    masks: Tensor | None = None  # uint8 [N, S, S] of 0 and 1: what each object covers of its own box; None: not known
 
     @classmethod
-    def of(cls, image, labels, boxes, ignore_image=None, ignore_boxes=None) -> "Targets":
+    def of(cls, image, labels, boxes, ignore_image=None, ignore_boxes=None, masks=None) -> "Targets":
         """Targets without ignore regions unless they are given. Counts objects, hence for tensors of the host."""
         if ignore_image is None:
             ignore_image, ignore_boxes = image.new_zeros(0), boxes.new_zeros(0, 4)
@@ -105,6 +169,7 @@ class Targets:
             ignore_image=ignore_image,
             ignore_boxes=ignore_boxes,
             max_per_image=int(image.bincount().max()) if len(image) else 0,
+            masks=masks,
         )
 
     def __len__(self) -> int:
@@ -118,9 +183,9 @@ class Targets:
         return replace(self, **pinned)
 
 
-def _to(tensor: Tensor | int, device=None, dtype=None, non_blocking: bool = False) -> Tensor | int:
+def _to(tensor: Tensor | int | None, device=None, dtype=None, non_blocking: bool = False) -> Tensor | int | None:
     """Move a tensor; a dtype applies to floating-point tensors only (indices stay integers)."""
-    if isinstance(tensor, int):
+    if not isinstance(tensor, Tensor):
         return tensor
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)
 
@@ -157,15 +222,19 @@ class Detections:
     boxes: Tensor  # float32 [n, 4] xyxy
     scores: Tensor  # float32 [n] in 0..1
     labels: Tensor  # int64 [n]
+    masks: Tensor | None = None  # float32 [n, S, S] in 0..1: whether a cell of the box is the object; None: boxes only
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, rows) -> "Detections":
-        return Detections(boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows])
+        return self._each(lambda tensor: tensor[rows])
 
     def cpu(self) -> "Detections":
-        return Detections(boxes=self.boxes.cpu(), scores=self.scores.cpu(), labels=self.labels.cpu())
+        return self._each(Tensor.cpu)
+
+    def _each(self, change) -> "Detections":
+        return Detections(**{name: None if value is None else change(value) for name, value in vars(self).items()})
 
     def to_original(self, info: ImageInfo) -> "Detections":
         """From pixels of the network's input to pixels of the original picture, clipped to it.
@@ -175,5 +244,7 @@ class Detections:
         boxes = info.letterbox.undo(self.boxes)
         height, width = info.size
         x, y = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
-        clipped = replace(self, boxes=torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1))
+        inside = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
+        masks = None if self.masks is None else reframe(self.masks, boxes, inside)
+        clipped = replace(self, boxes=inside, masks=masks)
         return clipped[((x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1])).nonzero().squeeze(1)]
