@@ -28,7 +28,7 @@ def fill(outlines: Outlines, size: tuple[int, int], *, left: int = 0, top: int =
     ring, column, row = _crossings(outlines)
     column, row = column - left, np.clip(row - top, 0, height)
     seen = (column >= 0) & (column < width)
-    num_rings = len(outlines.lengths)
+    num_rings = len(outlines.owner)
     place = (ring[seen] * width + column[seen]) * (height + 1) + row[seen]
     counts = np.bincount(place, minlength=num_rings * width * (height + 1)).astype(np.uint8)
     inside = np.cumsum(counts.reshape(num_rings, width, height + 1), axis=2, dtype=np.uint8)[..., :height] & 1
@@ -39,18 +39,17 @@ def fill(outlines: Outlines, size: tuple[int, int], *, left: int = 0, top: int =
 
 def fill_boxes(outlines: Outlines, boxes: np.ndarray, side: int = MASK_SIDE) -> np.ndarray:
     """What each object covers of its own box, uint8 [n, S, S] of 0 and 1; boxes float32 [n, 4] in the same pixels."""
-    owner = np.repeat(outlines.owner, outlines.lengths)
+    owner = np.repeat(outlines.owner, np.diff(outlines.starts))
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-6)
     cells = (outlines.corners - boxes[owner, :2]) / sides[owner] * side
-    # far beyond the frame a corner only steers its edges: kept near enough that they are not walked for long
-    return fill(outlines.moved(np.clip(cells, -20 * side, 20 * side)), (side, side)).astype(np.uint8)
+    return fill(outlines.moved(cells), (side, side)).astype(np.uint8)
 
 
 def patches(outlines: Outlines, size: tuple[int, int]) -> list[Patch]:
     """The pixels of each object in a picture of ``size`` (H, W)."""
     found = []
     for row in range(len(outlines)):
-        mine = outlines[row : row + 1]
+        mine = outlines.between(row, row + 1)
         if not len(mine.corners):
             found.append(Patch(0, 0, np.zeros((0, 0), bool)))
             continue
@@ -66,11 +65,10 @@ def _crossings(outlines: Outlines) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where edges cross the middles of pixel columns: ring, column and first row below the crossing, int64 [m] each."""
     # float32 back to the decimals of the file: there a fifth and a half is a tie that the last digit would decide
     corners = np.trunc(FIFTHS * outlines.corners.astype(np.float64).round(3) + 0.5).astype(np.int64)
-    ends = np.cumsum(outlines.lengths)
     following = np.arange(1, len(corners) + 1)
-    following[ends - 1] = ends - outlines.lengths  # the last corner of a ring leads back to its first
+    following[outlines.starts[1:] - 1] = outlines.starts[:-1]  # the last corner of a ring leads back to its first
     start, end = corners, corners[following]
-    ring = np.repeat(np.arange(len(ends)), outlines.lengths)
+    ring = np.repeat(np.arange(len(outlines.owner)), np.diff(outlines.starts))
     moves = start[:, 0] != end[:, 0]  # an upright edge crosses no column
     start, end, ring = start[moves], end[moves], ring[moves]
 

@@ -4,7 +4,7 @@ Letters: B images, N objects, R ignore regions, n rows of one image, H W height 
 corners, S side of a mask in its box's frame.
 
 A mask is an outline (``Outlines``) where objects still move, and pixels in the frame of its own box where a network
-sees or makes it: ``[S, S]`` cells that divide the box evenly, whatever its size. ``utils/outlines.py`` makes the pixels,
+sees or makes it: ``[S, S]`` cells that divide the box evenly, whatever its size. ``utils/outlines.py`` makes pixels,
 ``utils/mask_frames.py`` puts them on a picture.
 """
 
@@ -29,15 +29,16 @@ class Letterbox:
     pad: tuple[float, float] = (0.0, 0.0)  # left, top, in canvas pixels
 
     def apply(self, boxes):
-        """Boxes [n, 4] (numpy or torch), original pixels -> canvas pixels."""
-        return boxes * self._like(boxes, self.scale * 2) + self._like(boxes, self.pad * 2)
+        """Boxes [n, 4] or points [n, 2] (numpy or torch), original pixels -> canvas pixels."""
+        return boxes * self._like(boxes, self.scale) + self._like(boxes, self.pad)
 
     def undo(self, boxes):
-        """Boxes [n, 4] (numpy or torch), canvas pixels -> original pixels. Does not clip."""
-        return (boxes - self._like(boxes, self.pad * 2)) / self._like(boxes, self.scale * 2)
+        """Boxes [n, 4] or points [n, 2] (numpy or torch), canvas pixels -> original pixels. Does not clip."""
+        return (boxes - self._like(boxes, self.pad)) / self._like(boxes, self.scale)
 
     @staticmethod
-    def _like(boxes, values):
+    def _like(boxes, pair):
+        values = pair * (boxes.shape[-1] // 2)
         if isinstance(boxes, Tensor):
             return torch.tensor(values, dtype=boxes.dtype, device=boxes.device)
         return np.asarray(values, dtype=boxes.dtype)
@@ -57,49 +58,59 @@ class ImageInfo:
 class Outlines:
     """What n objects cover: each the union of its rings, each ring a closed polygon filled by the even-odd rule.
 
-    Flat, so that a data set's outlines are three arrays. Corners are in the same pixels as the boxes they stand beside.
+    Flat, so that the outlines of a whole data set are three arrays. Corners are in the pixels of the boxes beside them.
     """
 
     corners: np.ndarray  # float32 [V, 2] x, y, ring after ring
-    lengths: np.ndarray  # int32 [G], corners of each ring
-    owner: np.ndarray  # int32 [G], non-decreasing: the object a ring belongs to; one may have none
+    starts: np.ndarray  # int64 [G + 1]: the first corner of each ring, and their number
+    owner: np.ndarray  # int64 [G], non-decreasing: the object a ring belongs to; one may have none
     num: int  # n
 
     @classmethod
     def of(cls, objects) -> "Outlines":
         """From a list of rings [k, 2] for each object."""
-        rings = [np.asarray(ring, np.float32).reshape(-1, 2) for mine in objects for ring in mine]
+        rings = [ring for mine in objects for ring in mine]
         return cls(
-            corners=np.concatenate([np.zeros((0, 2), np.float32), *rings]),
-            lengths=np.array([len(ring) for ring in rings], np.int32),
-            owner=np.repeat(np.arange(len(objects), dtype=np.int32), [len(mine) for mine in objects]),
+            corners=np.concatenate([np.zeros((0, 2)), *rings]).astype(np.float32),
+            starts=np.cumsum([0, *map(len, rings)], dtype=np.int64),
+            owner=np.repeat(np.arange(len(objects)), [len(mine) for mine in objects]),
             num=len(objects),
         )
 
     @classmethod
     def cat(cls, parts: list["Outlines"]) -> "Outlines":
         """The objects of several, one after the other."""
-        first = np.cumsum([0, *(part.num for part in parts)], dtype=np.int32)
+        lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.starts) for part in parts)])
+        first = np.cumsum([0, *(part.num for part in parts)])
         return cls(
             corners=np.concatenate([np.zeros((0, 2), np.float32), *(part.corners for part in parts)]),
-            lengths=np.concatenate([np.zeros(0, np.int32), *(part.lengths for part in parts)]),
-            owner=np.concatenate([np.zeros(0, np.int32), *(part.owner + row for part, row in zip(parts, first))]),
+            starts=np.append(0, np.cumsum(lengths)),
+            owner=np.concatenate([np.zeros(0, np.int64), *(part.owner + row for part, row in zip(parts, first))]),
             num=int(first[-1]),
         )
 
     def __len__(self) -> int:
         return self.num
 
-    def __getitem__(self, kept) -> "Outlines":
-        """The objects of a mask bool [n] or of a slice."""
-        rows = np.zeros(self.num, bool)
-        rows[kept] = True
-        rings = rows[self.owner]
+    def between(self, start: int, stop: int) -> "Outlines":
+        """The objects start..stop - 1, at a cost that does not grow with the others."""
+        low, high = np.searchsorted(self.owner, (start, stop))
+        corner, end = self.starts[low], self.starts[high]
         return Outlines(
-            corners=self.corners[np.repeat(rings, self.lengths)],
-            lengths=self.lengths[rings],
-            owner=(np.cumsum(rows) - 1)[self.owner[rings]].astype(np.int32),
-            num=int(rows.sum()),
+            corners=self.corners[corner:end],
+            starts=self.starts[low : high + 1] - corner,
+            owner=self.owner[low:high] - start,
+            num=stop - start,
+        )
+
+    def __getitem__(self, kept: np.ndarray) -> "Outlines":
+        """The objects where ``kept`` (bool [n])."""
+        rings, lengths = kept[self.owner], np.diff(self.starts)
+        return Outlines(
+            corners=self.corners[np.repeat(rings, lengths)],
+            starts=np.append(0, np.cumsum(lengths[rings])),
+            owner=(np.cumsum(kept) - 1)[self.owner[rings]],
+            num=int(kept.sum()),
         )
 
     def moved(self, corners: np.ndarray) -> "Outlines":
