@@ -53,7 +53,7 @@ class Darknet(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        return self.heads[0].num_classes if self.graph.heads else self.graph.layers[-1].shape[0]
+        return max(head.num_classes for head in self.heads) if self.graph.heads else self.graph.layers[-1].shape[0]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -85,7 +85,8 @@ class Darknet(nn.Module):
             images: float [B, C, H, W] in 0..1.
 
         Returns:
-            float [B, A * (5 + classes), h, w] each (logits throughout).
+            float [B, A * (5 + classes), h, w] each (logits throughout); of a head of the second stage its pyramid, a
+            tuple of maps.
         """
         wanted = dict.fromkeys(self.graph.outputs)
         for index, output in self._walk(images, self._needed):

@@ -10,11 +10,11 @@ from models.assigners import ASSIGNERS, Assigner, build_targets
 from models.losses.autoassign import AutoAssignLoss
 from models.losses.darknet import DarknetLoss
 from models.losses.rcnn import RCNNLoss
+from models.losses.two_stage import TwoStageLoss
 from models.losses.yolo import YoloLoss
 from models.losses.yolov5 import Yolov5Loss
 from models.losses.yolox import YoloxLoss
 from models.structures import Predictions
-from utils.boxes import at_least_float32
 from utils.config import Located, build
 from utils.errors import UserError, nearest
 from utils.structures import Targets
@@ -26,6 +26,7 @@ LOSSES: dict[str, type[nn.Module]] = {
     "darknet": DarknetLoss,
     "yolox": YoloxLoss,
     "autoassign": AutoAssignLoss,
+    "two_stage": TwoStageLoss,
 }
 
 
@@ -56,13 +57,12 @@ def compute_loss(
     """Weighted scalar terms of raw maps; the total is their sum.
 
     Args:
-        outputs: one map [B, A * (5 + C), h, w] per head, from ``model``. Half maps (autocast) are decoded in float32:
-            exp and IoU need it, and the maps are small beside the network.
+        outputs: what each head of ``model`` returned. Half maps (autocast) are decoded in float32: exp and IoU need it,
+            and the maps are small beside the network.
         size: height and width of the images, pixels.
     """
     with torch.autocast(outputs[0].device.type, enabled=False):
-        preds = model.decode([at_least_float32(output) for output in outputs], size)
-        return criterion(preds, targets)
+        return criterion(model.decode(outputs, size), targets)
 
 
 class TrainStep(nn.Module):

@@ -43,6 +43,8 @@ class RCNNLoss(nn.Module):
     (there: -inf).
     """
 
+    needs = ("objectness",)
+
     def __init__(
         self,
         *,
