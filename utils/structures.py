@@ -151,6 +151,10 @@ class Sample:
     def replace(self, **changes) -> "Sample":
         return replace(self, **changes)
 
+    def outlines_after(self, change) -> Outlines | None:
+        """The outlines when ``change`` (corners [V, 2] -> corners [V, 2]) is made to them."""
+        return None if self.outlines is None else self.outlines.moved(change(self.outlines.corners))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
