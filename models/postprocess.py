@@ -79,7 +79,8 @@ def postprocess(
             the picture: the same for stretched pictures; for letterboxed ones that are not square it can decide
             otherwise on a box near the threshold.
 
-    A slot with a box or score that is not finite is never kept. Errors: UserError for a class that the network does not have.
+    A slot with a box or score that is not finite is never kept. Errors: UserError for a class that the network does not
+    have.
     """
     assert conf_thres >= 0 and max_det >= 0
     preds = refined(preds)

@@ -9,6 +9,7 @@ A branch works in float32 at least, as decoding does everywhere.
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ class RoiHead(RegionHead):
         )
         units = section.int("units", 1024)
         sides = [channels * self.pool**2, *[units] * section.int("fc", 2)]
-        self.layers = nn.ModuleList(DarknetLinear(a, b) for a, b in zip(sides, sides[1:]))
+        self.layers = nn.ModuleList(DarknetLinear(a, b) for a, b in pairwise(sides))
         self.classes = nn.Linear(units, self.num_classes + 1)
         self.boxes = nn.Linear(units, 4 * self.num_classes)
         for layer, std in ((self.classes, 0.01), (self.boxes, 0.001)):
@@ -148,9 +149,9 @@ class RoiHead(RegionHead):
 
 
 class MaskHead(RegionHead):
-    """``[mask]``: convolutions over a pooled region, doubled in size, then one mask per class. He et al. 2017, section 3.
+    """``[mask]``: convolutions over a pooled region, doubled in size, then one mask per class.
 
-    ``look`` returns logits [R, C, 2 S, 2 S]. Stands right after [roi], whose maps it reads.
+    ``look`` returns logits [R, C, 2 S, 2 S]. Stands right after [roi], whose maps it reads. He et al. 2017, section 3.
     """
 
     default_pool = 14
@@ -159,7 +160,7 @@ class MaskHead(RegionHead):
         super().__init__(section)
         width = section.int("channels", 256)
         widths = [channels, *[width] * section.int("convs", 4)]
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.masks = nn.Conv2d(width, self.num_classes, 1)
         for layer in (*self.layers, self.upsample):

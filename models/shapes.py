@@ -9,6 +9,7 @@ Letters: c channels, h w height and width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from models.cfg import head_filters
@@ -260,7 +261,7 @@ def fcos(section, inputs):
 
 def roi(section, inputs):
     """The pyramid it reads passes through; parameters and FLOPs are those of the fully connected layers."""
-    for finer, coarser in zip(inputs, inputs[1:]):
+    for finer, coarser in pairwise(inputs):
         halved = tuple(-(-side // 2) for side in finer.shape[1:])
         if coarser.shape != (finer.shape[0], *halved):
             raise mismatch(
@@ -268,7 +269,7 @@ def roi(section, inputs):
             )
     units, classes = section.int("units", 1024), section.int("classes")
     sides = [inputs[0].shape[0] * section.int("pool", 7) ** 2, *[units] * section.int("fc", 2)]
-    weights = sum(a * b for a, b in zip(sides, sides[1:])) + units * (5 * classes + 1)
+    weights = sum(a * b for a, b in pairwise(sides)) + units * (5 * classes + 1)
     params = weights + units * section.int("fc", 2) + 5 * classes + 1
     return Made(inputs[0].shape, params, flops=2 * weights * section.int("post_nms", 1000))
 
@@ -281,7 +282,7 @@ def mask(section, inputs):
         )
     channels, convs, area = section.int("channels", 256), section.int("convs", 4), section.int("pool", 14) ** 2
     widths = [inputs[0].shape[0], *[channels] * convs]
-    weights = sum(9 * a * b for a, b in zip(widths, widths[1:]))
+    weights = sum(9 * a * b for a, b in pairwise(widths))
     upsample, last = 4 * channels**2, channels * section.int("classes")
     params = weights + upsample + last + channels * (convs + 1) + section.int("classes")
     return Made(inputs[0].shape, params, flops=2 * (weights + upsample + 4 * last) * area * MASKS_PER_IMAGE)
