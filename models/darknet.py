@@ -78,7 +78,7 @@ class Darknet(nn.Module):
                 largest = max(largest, round(self.cfg.height / spec.shape[1]))
         return largest
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """Raw maps, one per head in the order of the cfg; of a classifier its only output.
 
         Args:
@@ -92,13 +92,13 @@ class Darknet(nn.Module):
         for index, output in self._walk(images, self._needed):
             if index in wanted:
                 wanted[index] = output
-        return list(wanted.values())
+        return tuple(wanted.values())
 
     def layer_outputs(self, images: Tensor) -> list[Tensor]:
         """The output of every layer, in the order of the cfg: for looking, comparing and counting."""
         return [output for _, output in self._walk(images, range(len(self.layers)))]
 
-    def decode(self, outputs: list[Tensor], size: tuple[int, int]) -> Predictions:
+    def decode(self, outputs: Sequence[Tensor | tuple[Tensor, ...]], size: tuple[int, int]) -> Predictions:
         """Raw maps -> predictions of all slots, in pixels of an input of ``size`` (H, W)."""
         return Predictions.cat([head.decode(output, size) for head, output in zip(self.heads, outputs)])
 

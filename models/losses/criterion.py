@@ -1,7 +1,7 @@
 """Assigner and loss as one thing to train against, and the step that data-parallel training wraps."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,11 @@ class Criterion(nn.Module):
 
 
 def compute_loss(
-    outputs: list[Tensor], targets: Targets, model: nn.Module, criterion: Criterion, size: tuple[int, int]
+    outputs: Sequence[Tensor | tuple[Tensor, ...]],
+    targets: Targets,
+    model: nn.Module,
+    criterion: Criterion,
+    size: tuple[int, int],
 ) -> dict[str, Tensor]:
     """Weighted scalar terms of raw maps; the total is their sum.
 
