@@ -136,7 +136,7 @@ def train(args: argparse.Namespace, device) -> None:
     if args.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn", "batch norms are synchronised on GPUs only", "leave it out")
     with distributed.main_first():
-        data = read_splits(args.data, single_cls=args.single_cls)
+        data = read_splits(args.data, single_cls=args.single_cls, masks=cfg.has_masks)
     model, size, cfg = build_network(args, cfg, data.names, resumed)
     criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp, model.heads)
     train_loader, val_loader = build_loaders(
