@@ -67,11 +67,6 @@ class Cfg:
         """Whether the network outlines objects, so that its data must, too."""
         return any(section.type == "mask" for section in self.layers)
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether the network says which pixels are the object, and data must say so, too."""
-        return any(section.type == "mask" for section in self.layers)
-
     def with_lines(self, lines: dict[int, str]) -> Cfg:
         """A new cfg in which each given line (1-based) has another text, which may be several lines."""
         texts = self.text.split("\n")

@@ -30,10 +30,12 @@ class Head(nn.Module):
     Attributes:
         num_classes, coder, section: the last is the cfg's, for the keys that only training reads.
         offers: what an assigner or a loss may need of a head (its ``needs``): ``anchors``, ``objectness`` logits, the
-            ``[yolo] training keys``.
+            ``[yolo] training keys``, ``proposals``.
+        demands: what a loss must need, or it would leave this head untaught.
     """
 
     offers = frozenset({"objectness"})
+    demands = frozenset()
     num_anchors = 1
     num_box_values = 5  # channels of an anchor before its class logits
     objectness = 4  # which of them is the objectness

@@ -70,9 +70,14 @@ def pool_regions(
 
 
 class RegionHead(nn.Module):
-    """What [roi] and [mask] share. A subclass has ``look(pooled [R, F, S, S])``."""
+    """What [roi] and [mask] share. A subclass has ``look(pooled [R, F, S, S])``.
 
-    offers = frozenset({"anchors", "proposals"})  # no slots of its own: whoever teaches it must know proposals
+    Attributes:
+        offers, demands: see ``models.heads.Head``. It has no slots that could lack anything.
+    """
+
+    offers = frozenset({"anchors", "objectness", "proposals"})
+    demands = frozenset({"proposals"})
     default_pool: int
 
     def __init__(self, section):

@@ -123,9 +123,13 @@ def _choose(kind: str, known: Mapping, section: Mapping, facts: dict, where: obj
 
 
 def _check_needs(kind: str, name: str, chosen: type, heads: Iterable[nn.Module]) -> None:
-    """Every head must offer all that the chosen assigner or loss needs."""
+    """Every head must offer all that the chosen assigner or loss needs, and no loss may pass over a head."""
+    needs = getattr(chosen, "needs", ())
     for head in heads:
-        for need in getattr(chosen, "needs", ()):
+        if kind == "loss" and not head.demands.issubset(needs):
+            message = f"loss '{name}' does not teach [{head.section.type}]"
+            raise head.section.error(message, hint="a recipe with loss two_stage does")
+        for need in needs:
             if need not in head.offers:
                 message = f"{kind} '{name}' needs {need}, which [{head.section.type}] does not have"
                 raise head.section.error(message, hint=f"choose another {kind}, or another head")

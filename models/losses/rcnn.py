@@ -43,8 +43,6 @@ class RCNNLoss(nn.Module):
     (there: -inf).
     """
 
-    needs = ("objectness",)
-
     def __init__(
         self,
         *,

@@ -75,7 +75,7 @@ class TwoStageLoss(nn.Module):
                 raise ValueError(f"{name} is {value}, expected 1 or more")
         self.first = RCNNLoss(
             num_classes=1,
-            heads=tuple(head for head in heads if "objectness" in head.offers),
+            heads=tuple(head for head in heads if not head.demands),
             beta=beta,
             batch_size_per_image=batch_size_per_image,
             obj=rpn_obj,
