@@ -7,7 +7,9 @@ from dataclasses import replace
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.mask_frames import paste
 from utils.metrics import DetectionMetrics, Evaluation
+from utils.run_lengths import encode
 from utils.structures import Batch, Detections, Record
 from utils.timing import Waiting
 
@@ -60,13 +62,32 @@ def coco_results(detections: list[Detections], records: list[Record], category_i
 
     Args:
         category_ids: the data set's own id of every label. Pictures without a number of their own get their position.
+
+    Masks stand beside the boxes as run lengths. Beside a box pycocotools sorts a mask by the box's area into small,
+    medium and large: drop ``bbox`` (as detectron2 does) to have it measure masks by their own, as our evaluator does.
     """
     entries = []
     for position, (found, record) in enumerate(zip(detections, records, strict=True)):
         image_id = position if record.image_id is None else record.image_id
         boxes = found.boxes.double()
         boxes[:, 2:] -= boxes[:, :2]
-        for box, score, label in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
-            entry = {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-            entries.append(entry)
+        mine = [
+            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+            for box, score, label in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist())
+        ]
+        entries += with_segmentations(mine, segmentations(found, record.size))
     return entries
+
+
+def segmentations(found: Detections, size: tuple[int, int]) -> list[dict] | None:
+    """Each mask in a picture of ``size`` (H, W) as compressed run lengths; None where there are only boxes."""
+    if found.masks is None:
+        return None
+    return [encode(patch, size) for patch in paste(found.masks, found.boxes, size)]
+
+
+def with_segmentations(entries: list[dict], shapes: list[dict] | None) -> list[dict]:
+    """The same entries, each with its mask."""
+    if shapes is None:
+        return entries
+    return [{**entry, "segmentation": shape} for entry, shape in zip(entries, shapes, strict=True)]

@@ -26,8 +26,13 @@ class Patch(NamedTuple):
     def area(self) -> int:
         return int(np.count_nonzero(self.pixels))
 
-    def cut(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
-        """The pixels in a part of the picture that lies within the patch."""
+    @property
+    def window(self) -> tuple[int, int, int, int]:
+        """left, top, right, bottom."""
+        return self.left, self.top, self.left + self.pixels.shape[1], self.top + self.pixels.shape[0]
+
+    def cut(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """The pixels in a window that lies within the patch."""
         return self.pixels[top - self.top : bottom - self.top, left - self.left : right - self.left]
 
 
@@ -60,8 +65,8 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Patch]:
         boxes: float [n, 4] xyxy, pixels of the picture.
     """
     limit = torch.tensor([size[1], size[0]] * 2)
-    low, high = boxes[:, :2].floor(), boxes[:, 2:].ceil()
-    windows = torch.minimum(torch.cat([low, high], dim=1).clamp(min=0), limit).int().tolist()
+    whole = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], dim=1).nan_to_num(0)
+    windows = torch.minimum(whole.clamp(min=0), limit).int().tolist()
     patches = []
     for row, (left, top, right, bottom) in enumerate(windows):
         x = torch.arange(left, max(left, right), dtype=boxes.dtype) + 0.5
