@@ -33,8 +33,10 @@ def nonzero(section, key):
 
 
 def positive(section, key):
-    if section.float(key) <= 0:
-        raise section.error(f"{key}={section.float(key):g}, expected more than 0", key)
+    """One number or several."""
+    for value in section.floats(key):
+        if value <= 0:
+            raise section.error(f"{key}: {value:g}, expected more than 0", key)
 
 
 def one_of(*known: str) -> Callable:
@@ -205,7 +207,7 @@ SECTIONS: dict[str, Rule] = {
     "fcos": Rule(
         infer=shapes.fcos, keys=POINT_HEAD | keys(number="offset"), required=("from", "classes"), reads="only from"
     ),
-    "rpn": Rule(infer=shapes.head, keys=keys(numbers="sizes ratios", number="offset"), required=("sizes", "ratios")),
+    "rpn": Rule(infer=shapes.head, keys=keys(positive="sizes ratios", number="offset"), required=("sizes", "ratios")),
     "roi": Rule(
         infer=shapes.roi,
         keys=REGION | NMS | keys(count="fc units pre_nms post_nms", number="nms_thresh min_size"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.assigners.roi import RoiSampler
+from models.assigners.roi import Regions, RoiSampler
 from models.coders import Coder
 from models.losses.functional import bce
 from models.losses.rcnn import RCNNLoss
@@ -91,8 +91,7 @@ class TwoStageLoss(nn.Module):
         """Weighted scalars; the total is their sum."""
         first = self.first(preds, targets, assignment)
         roi = preds.refine["roi"]
-        rule = replace(roi.head.rule, pre_nms=self.pre_nms, post_nms=self.post_nms)
-        regions = self.sampler(propose(preds, roi.size, rule), targets, self.num_classes)
+        regions = self.regions(preds, targets)
         logits, deltas = roi(regions.image, regions.boxes)
         rows = (regions.labels < self.num_classes).nonzero().squeeze(1)
         image, boxes, labels, target = (
@@ -119,6 +118,12 @@ class TwoStageLoss(nn.Module):
         return {f"rpn_{name}": first[name] for name in ("obj", "box")} | {
             name: self.gains[name] * term for name, term in second.items()
         }
+
+    def regions(self, preds: Predictions, targets: Targets) -> Regions:
+        """The proposals of these predictions that the second stage learns from."""
+        roi = preds.refine["roi"]
+        rule = replace(roi.head.rule, pre_nms=self.pre_nms, post_nms=self.post_nms)
+        return self.sampler(propose(preds, roi.size, rule), targets, self.num_classes)
 
 
 def box_loss(deltas: Tensor, boxes: Tensor, objects: Tensor, coder: Coder, beta: float) -> Tensor:
