@@ -111,7 +111,7 @@ HEAD = keys(
 ) | {"nms_kind": one_of("default", "greedynms", "diounms", "cornersnms")}
 NMS = keys(number="beta_nms") | {"nms_kind": HEAD["nms_kind"]}
 POINT_HEAD = NMS | keys(wholes="from", count="classes")
-REGION = keys(wholes="from", count="classes pool", positive="canonical_size")
+REGION = NMS | keys(wholes="from", count="classes pool", positive="canonical_size")
 HEAD_REQUIRED = ("classes", "anchors", "num")
 TRACKING = "map show_details embedding_layer track_history_size sim_thresh dets_for_track dets_for_show track_ciou_norm"
 
@@ -210,7 +210,7 @@ SECTIONS: dict[str, Rule] = {
     "rpn": Rule(infer=shapes.head, keys=keys(positive="sizes ratios", number="offset"), required=("sizes", "ratios")),
     "roi": Rule(
         infer=shapes.roi,
-        keys=REGION | NMS | keys(count="fc units pre_nms post_nms", number="nms_thresh min_size"),
+        keys=REGION | keys(count="fc units pre_nms post_nms", number="nms_thresh min_size"),
         required=("from", "classes"),
         reads="only from",
     ),
