@@ -10,6 +10,8 @@ from utils.outlines import fill, fill_boxes, patches
 from utils.run_lengths import decode, encode, ring_of
 from utils.structures import Detections, ImageInfo, Letterbox, Outlines, Targets
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools and numpy 2
+
 
 def coco_pixels(rings, height: int, width: int) -> np.ndarray:
     """What the COCO API makes of polygons."""

@@ -24,7 +24,7 @@ Reader = Callable[[Source, Problems], Annotated]
 FORMATS: dict[str, Reader] = {"yolo": read_yolo, "darknet": read_yolo, "coco": read_coco, "voc": read_voc}
 __all__ = ["FORMATS", "DataSet", "Problem", "read_dataset", "read_names"]
 SINGLE_CLASS = ("object",)  # what is left of the names when all classes are made one
-WITH_OUTLINES = ("coco",)
+WITH_OUTLINES = ("coco", "yolo", "darknet")
 SHOWN_PROBLEMS = 3  # of each kind, in the summary
 
 
@@ -93,8 +93,8 @@ def read_dataset(path: str | Path, split: str = "train", *, policy: str = "clip"
     problems = Problems(policy)
     source = replace(describe(Path(path).expanduser(), split, problems), masks=masks)
     if masks and source.format not in WITH_OUTLINES:
-        found = f"annotations of format '{source.format}' hold boxes only, a network with masks learns from outlines"
-        raise UserError(source.where or path, found, "COCO json has them: 'format: coco' and 'annotations:'")
+        found = f"annotations of format '{source.format}' hold boxes only, a network with masks needs outlines"
+        raise UserError(source.where or path, found, "COCO json and YOLO labels can; or take a cfg without [mask]")
     names, records, num_unlabelled, category_ids = FORMATS[source.format](source, problems)
     if not records:
         count = sum(problem.action == QUARANTINED for problem in problems.entries)

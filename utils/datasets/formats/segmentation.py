@@ -1,4 +1,7 @@
-"""COCO's ``segmentation`` -> the rings of an outline: polygons, or run-length masks as lists or compressed."""
+"""COCO's ``segmentation`` -> the rings of an outline: polygons, or run-length masks as lists or compressed.
+
+YOLO's polygon rows come here in the same form.
+"""
 
 import math
 from collections.abc import Sequence
