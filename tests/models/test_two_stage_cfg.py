@@ -8,12 +8,16 @@ import torch
 
 from models.assignment_pictures import sheets
 from models.cfg import adapt_classes, parse_cfg, read_cfg
+from models.coders import AnchorDeltas
 from models.compare_assigners import build_criteria, loss_shares, only
 from models.darknet import Darknet
 from models.darknet_weights import Header, read_weights, write_weights
 from models.graph import build_graph
+from models.heads import RpnHead
 from models.predictor import Predictor
 from models.section import CfgError
+from models.structures import Predictions
+from tests.models.rpn_case import GoldenRPN
 from tests.models.two_stage_case import (
     BOXES,
     MASK,
@@ -52,6 +56,25 @@ def test_priors_are_sizes_times_ratios():
     width, height = priors.size[:: 24 * 32].unbind(1)
     assert torch.allclose(width * height, torch.tensor([144.0] * 3 + [400.0] * 3))
     assert torch.allclose(height / width, torch.tensor([0.5, 1, 2, 0.5, 1, 2]))
+
+
+@pytest.mark.golden_case("rpn/*.npz")
+def test_the_head_speaks_as_detectron2(case):
+    golden = GoldenRPN(case)
+    preds = Predictions.cat([_decoded(golden, level) for level in range(len(golden.grids))])
+    assert torch.equal(preds.priors.center, golden.priors.center) and torch.equal(preds.boxes, golden.preds.boxes)
+    assert torch.equal(preds.obj, golden.logits) and torch.equal(preds.deltas, golden.deltas)
+
+
+def _decoded(golden, level):
+    """What an [rpn] makes of one level of a golden case."""
+    grid = golden.priors.grids[level]
+    weights = golden.head.coder.weights
+    head = RpnHead(anchors=golden.cells[level], offset=golden.hyp["anchor_offset"], section=None)
+    head.coder = AnchorDeltas(weights)
+    values = torch.cat([golden.deltas[:, grid.slots], golden.logits[:, grid.slots, None]], dim=-1)
+    values = values.unflatten(1, (grid.anchors, grid.rows, grid.columns)).permute(0, 1, 4, 2, 3)
+    return head.decode(head(values.flatten(1, 2)), golden.size)
 
 
 @pytest.mark.parametrize("name", ["rcnn-tiny", "rcnn-tiny-mask", "rcnn-darknet53", "rcnn-darknet53-mask"])
