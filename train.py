@@ -212,7 +212,7 @@ def train(args: argparse.Namespace, device) -> None:
             scalars = evaluation.scalars()
             if args.show_assignments:
                 gallery.sheets("assignments", lambda: sheets(trainer.ema.module, next(iter(val_loader))), epoch)
-            row |= {name: scalars[name] for name in MAIN_METRICS}
+            row |= {name: scalars[name] for name in MAIN_METRICS if name in scalars}
             details |= {name: value for name, value in scalars.items() if name not in row}
             is_better = best.update(fitness(scalars), epoch)
             is_stale = best.is_stale(epoch, args.patience)
@@ -246,7 +246,9 @@ def train(args: argparse.Namespace, device) -> None:
 
 # ---- the chapters ----------------------------------------------------------------------------------------------------
 
-MAIN_METRICS = tuple(f"metrics/{name}" for name in ("precision", "recall", "mAP50", "mAP50-95"))
+MAIN_METRICS = tuple(
+    f"metrics/{name}" for name in ("precision", "recall", "mAP50", "mAP50-95", "mask-mAP50", "mask-mAP50-95")
+)
 
 
 class Resumed(NamedTuple):
