@@ -36,7 +36,7 @@ def refined(preds: Predictions) -> Predictions:
         preds,
         boxes=clip_boxes(boxes, roi.size),
         deltas=deltas,
-        obj=torch.where(proposals.valid, CERTAIN, -CERTAIN).to(logits.dtype),
+        obj=torch.where(proposals.valid, CERTAIN, -torch.inf).to(logits.dtype),
         cls=softmax_logits(logits)[:, :-1].unflatten(0, shape),
     )
 

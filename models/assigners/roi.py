@@ -25,6 +25,9 @@ class Regions:
     labels: Tensor  # int64 [K], C for background
     target: Tensor  # int64 [K], row of Targets, N for background
 
+    def __getitem__(self, rows: Tensor) -> "Regions":
+        return Regions(**{name: values[rows] for name, values in vars(self).items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoiSampler:

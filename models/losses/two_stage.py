@@ -90,34 +90,23 @@ class TwoStageLoss(nn.Module):
     def forward(self, preds: Predictions, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """Weighted scalars; the total is their sum."""
         first = self.first(preds, targets, assignment)
-        roi = preds.refine["roi"]
-        regions = self.regions(preds, targets)
+        roi, regions = preds.refine["roi"], self.regions(preds, targets)
         logits, deltas = roi(regions.image, regions.boxes)
         rows = (regions.labels < self.num_classes).nonzero().squeeze(1)
-        image, boxes, labels, target = (
-            regions.image[rows],
-            regions.boxes[rows],
-            regions.labels[rows],
-            regions.target[rows],
-        )
-        objects = targets.boxes[target].to(boxes.dtype)
+        found = regions[rows]
+        objects = targets.boxes[found.target].to(found.boxes.dtype)
+        distance = box_loss(deltas[rows, found.labels], found.boxes, objects, roi.head.coder, self.beta)
         second = {
             "cls": F.cross_entropy(logits, regions.labels, reduction="sum") / max(len(logits), 1),
-            "box": box_loss(deltas[rows, labels], boxes, objects, roi.head.coder, self.beta) / max(len(logits), 1),
+            "box": distance / max(len(logits), 1),
         }
         if "mask" in preds.refine:
-            if targets.masks is None:
-                raise UserError(
-                    "data",
-                    "has no masks, but the network has a [mask] head",
-                    "a cfg without [mask], or data with polygons",
-                )
-            said = preds.refine["mask"](image, boxes)
-            said = said[torch.arange(len(rows), device=rows.device), labels]
-            second["mask"] = mask_loss(said, region_masks(targets.masks[target], objects, boxes, said.shape[-1]))
-        return {f"rpn_{name}": first[name] for name in ("obj", "box")} | {
-            name: self.gains[name] * term for name, term in second.items()
-        }
+            masks = object_masks(targets)[found.target]
+            logits = preds.refine["mask"](found.image, found.boxes)
+            logits = logits[torch.arange(len(rows), device=rows.device), found.labels]
+            second["mask"] = mask_loss(logits, region_masks(masks, objects, found.boxes, logits.shape[-1]))
+        terms = {name: self.gains[name] * term for name, term in second.items()}
+        return {"rpn_obj": first["obj"], "rpn_box": first["box"], **terms}
 
     def regions(self, preds: Predictions, targets: Targets) -> Regions:
         """The proposals of these predictions that the second stage learns from."""
@@ -131,6 +120,14 @@ def box_loss(deltas: Tensor, boxes: Tensor, objects: Tensor, coder: Coder, beta:
     where = xyxy_to_xywh(boxes)
     wanted = coder.encode(objects, where[:, :2], where[:, 2:], where[:, 2:])
     return F.smooth_l1_loss(deltas, wanted, beta=beta, reduction="sum")
+
+
+def object_masks(targets: Targets) -> Tensor:
+    """Masks uint8 [N, M, M] of the objects. UserError where the data has none."""
+    if targets.masks is None:
+        hint = "take a cfg without [mask], or data with outlines"
+        raise UserError("data", "has no masks, but the network has a [mask] head", hint)
+    return targets.masks
 
 
 def mask_loss(logits: Tensor, wanted: Tensor) -> Tensor:
