@@ -36,7 +36,7 @@ def evaluate(
         protocol: ``coco``, or a key of ``RANK_RULES`` to be measured beside it.
         observe: called per batch with the detections in pixels of the original pictures.
     """
-    metrics, num_images, seconds = DetectionMetrics(names), 0, 0.0
+    metrics, num_images, seconds, measuring = DetectionMetrics(names), 0, 0.0, 0.0
     timer = getattr(predict, "timer", None)
     parts_before = dict(timer.seconds) if timer else {}
     waiting = Waiting(loader)
@@ -46,14 +46,21 @@ def evaluate(
         found = [detections.cpu().to_original(info) for detections, info in zip(found, batch.infos, strict=True)]
         seconds += time.perf_counter() - start
         num_images += len(batch)
+        start = time.perf_counter()
         for detections, info in zip(found, batch.infos):
             metrics.update(detections, records[info.id])
+        measuring += time.perf_counter() - start
         if observe:
             observe(batch, found)
     start = time.perf_counter()
     result = metrics.compute(protocol)
+    measuring += time.perf_counter() - start
     parts = {name: total - parts_before.get(name, 0.0) for name, total in timer.seconds.items()} if timer else {}
-    parts = {"data": waiting.seconds, **(parts or {"predict": seconds}), "metrics": time.perf_counter() - start}
+    parts = {
+        "data": waiting.seconds,
+        **(parts or {"predict": seconds}),
+        "metrics": measuring + time.perf_counter() - start,
+    }
     return replace(result, speed={name: 1000 * total / max(num_images, 1) for name, total in parts.items()})
 
 

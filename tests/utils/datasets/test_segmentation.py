@@ -129,6 +129,16 @@ def test_a_bad_polygon_beside_a_good_one_is_left_out_and_counted(tmp_path):
     ]
 
 
+def test_area_is_the_annotated_one_or_that_of_the_rings(tmp_path):
+    bare = annotation(1, [SQUARE, [40, 10, 50, 10, 40, 30]], box=(10, 10, 40, 20))
+    del bare["area"]
+    runs_only = {**annotation(2, {"size": [H, W], "counts": runs(holed())})}
+    del runs_only["area"]
+    path = coco_set(tmp_path, [bare, runs_only, annotation(3, [SQUARE])])
+    assert read_dataset(path, masks=True).records[0].area.tolist() == [500, holed().sum(), 350]
+    assert read_dataset(path).records[0].area.tolist() == [800, 400, 350]
+
+
 def test_a_polygon_over_the_border_is_cut_by_the_picture(tmp_path):
     path = coco_set(tmp_path, [annotation(1, [[-20, 10, 30, 10, 30, 60, -20, 60]], box=(0, 10, 30, 38))])
     outlines = read_dataset(path, masks=True).records[0].outlines
@@ -166,6 +176,7 @@ def test_yolo_polygons_are_outlines(tmp_path):
     data = read_dataset(tmp_path / "data.yaml", masks=True)
     assert [(len(record.labels), len(record.outlines)) for record in data.records] == [(1, 1), (0, 0)]
     assert fill(data.records[0].outlines, (H, W))[0, 10:30, 10:30].all()
+    assert data.records[0].area == pytest.approx(400, abs=0.01)
     assert [str(problem) for problem in data.problems if problem.line] == [
         f"{tmp_path}/labels/a.txt:2: object without a segmentation: box 24 18 40 30 (row dropped)"
     ]

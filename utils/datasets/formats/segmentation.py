@@ -19,7 +19,8 @@ def outline_rows(
 ) -> tuple[list[Row], int]:
     """The rows with the rings of their segmentation, and how many were dropped because none of theirs can be used.
 
-    A polygon that can cover nothing is left out and counted; a row loses its place when that was its last one.
+    A polygon that can cover nothing is left out and counted; a row loses its place when that was its last one. A row
+    whose area is not annotated gets that of its rings.
 
     Args:
         size: upright (H, W) of the picture.
@@ -32,7 +33,8 @@ def outline_rows(
             found = "box " + " ".join(f"{edge:.6g}" for edge in row.box)
             problems.add(source, row.line, fault, found, **({"action": KEPT} if rings else {}))
         if rings:
-            outlined.append(row._replace(rings=tuple(rings)))
+            area = sum(map(_area, rings)) if row.area is None else row.area
+            outlined.append(row._replace(rings=tuple(rings), area=area))
     return outlined, len(rows) - len(outlined)
 
 
@@ -76,6 +78,12 @@ def _misplaced(ring: np.ndarray, size: tuple[int, int], box: tuple) -> str:
     if (high < np.subtract(box[:2], 1)).any() or (low > np.add(box[2:], 1)).any():
         return "polygon outside its box"
     return ""
+
+
+def _area(ring: np.ndarray) -> float:
+    """Square pixels inside a ring that does not cross itself (shoelace formula)."""
+    x, y = (ring - ring[0]).T
+    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
 
 
 def _rings_of_runs(segmentation: dict, size: tuple[int, int]) -> tuple[list[np.ndarray], list[str]]:
