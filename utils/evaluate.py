@@ -56,11 +56,7 @@ def evaluate(
     result = metrics.compute(protocol)
     measuring += time.perf_counter() - start
     parts = {name: total - parts_before.get(name, 0.0) for name, total in timer.seconds.items()} if timer else {}
-    parts = {
-        "data": waiting.seconds,
-        **(parts or {"predict": seconds}),
-        "metrics": measuring + time.perf_counter() - start,
-    }
+    parts = {"data": waiting.seconds, **(parts or {"predict": seconds}), "metrics": measuring}
     return replace(result, speed={name: 1000 * total / max(num_images, 1) for name, total in parts.items()})
 
 
