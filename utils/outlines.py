@@ -13,6 +13,7 @@ from utils.mask_frames import Patch
 from utils.structures import Outlines
 
 FIFTHS = 5  # steps of a pixel
+FARTHEST = 20  # sides of a frame that corners beyond it can be away
 MASK_SIDE = 56  # of a training target: twice what a mask head predicts
 
 
@@ -42,7 +43,8 @@ def fill_boxes(outlines: Outlines, boxes: np.ndarray, side: int = MASK_SIDE) -> 
     owner = np.repeat(outlines.owner, np.diff(outlines.starts))
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-6)
     cells = (outlines.corners - boxes[owner, :2]) / sides[owner] * side
-    return fill(outlines.moved(cells), (side, side)).astype(np.uint8)
+    # a sound object reaches ten times as far as its visible box; a box of no width must not cost a walk of billions
+    return fill(outlines.moved(np.clip(cells, -FARTHEST * side, FARTHEST * side)), (side, side)).astype(np.uint8)
 
 
 def patches(outlines: Outlines, size: tuple[int, int]) -> list[Patch]:

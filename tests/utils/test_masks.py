@@ -136,6 +136,12 @@ def test_a_clipped_box_shows_its_part():
     assert fill_boxes(outline, np.array([[0, 10, 100, 30]], np.float32)).mean() == 0.25
 
 
+def test_a_box_of_no_width_costs_no_walk_of_billions():
+    outline = Outlines.of([[np.array([[0, 0], [600, 0], [600, 400]])]])
+    for box in ([1e-30, 5, 2e-30, 6], [3, 3, 3, 3], [0, 0, 600, 400]):
+        assert fill_boxes(outline, np.array([box], np.float32)).shape == (1, 56, 56)
+
+
 def grid_sample_paste(masks, boxes, size):
     """Detectron2's definition, with torch's own bilinear reader: bool [n, H, W]."""
     y, x = torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5

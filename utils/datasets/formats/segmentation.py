@@ -3,7 +3,6 @@
 YOLO's polygon rows come here in the same form.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +11,8 @@ from utils.datasets.formats.rows import KEPT, Problems, Row
 from utils.run_lengths import decode, ring_of
 
 MIN_CORNERS = 3
+TOO_LARGE = 1e15  # a coordinate; nan is not below it either
+MAX_EXTENT = 10  # pictures: a box with a tenth in the picture is kept, so is its outline
 
 
 def outline_rows(
@@ -59,7 +60,7 @@ def _rings(segmentation: object, size: tuple[int, int], box: tuple) -> tuple[lis
 
 def _fault(numbers: object) -> str:
     if not isinstance(numbers, list) or not all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers
+        isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < TOO_LARGE for x in numbers
     ):
         return "polygon is not a list of finite numbers"
     if len(numbers) % 2:
@@ -74,6 +75,8 @@ def _misplaced(ring: np.ndarray, size: tuple[int, int], box: tuple) -> str:
         return "polygon without width or height"
     if (high <= 0).any() or (low >= (size[1], size[0])).any():
         return "polygon outside the picture"
+    if (high - low > np.multiply((size[1], size[0]), MAX_EXTENT)).any():
+        return f"polygon more than {MAX_EXTENT} times as large as its picture"
     # pixels count from their middles in some files and from their edges in others: a whole one of tolerance
     if (high < np.subtract(box[:2], 1)).any() or (low > np.add(box[2:], 1)).any():
         return "polygon outside its box"
