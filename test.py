@@ -64,8 +64,10 @@ def main(args: argparse.Namespace):
 
     # data and network
     data = read_dataset(args.data, args.task)
-    print(data.summary())
     model = load_network(weights, cfg=cfg, names=None if args.single_cls else list(data.names)).model
+    if model.cfg.has_masks:
+        data = read_dataset(args.data, args.task, masks=True)
+    print(data.summary())
     size, stretch = input_size(args.img_size, model), stretches(args.resize, model)
     predict = Predictor(
         model,
@@ -84,7 +86,13 @@ def main(args: argparse.Namespace):
 
     # measure
     folder, names = new_run(args.project, args.name, exist_ok=args.exist_ok), list(data.names)
-    predictions = Predictions(folder, data.records, save_txt=args.save_txt or args.save_conf, save_conf=args.save_conf)
+    predictions = Predictions(
+        folder,
+        data.records,
+        save_txt=args.save_txt or args.save_conf,
+        save_conf=args.save_conf,
+        save_json=args.save_json,
+    )
     gallery = Gallery(folder, names)
 
     def observe(batch, detections) -> None:

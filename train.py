@@ -155,7 +155,7 @@ def train(args: argparse.Namespace, device) -> None:
     if args.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn", "batch norms are synchronised on GPUs only", "leave it out")
     with distributed.main_first():
-        data = read_splits(args.data, single_cls=args.single_cls)
+        data = read_splits(args.data, single_cls=args.single_cls, masks=cfg.has_masks)
     model, size, cfg = build_network(args, cfg, data.names, resumed)
     criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp, model.heads)
     train_loader, val_loader = build_loaders(
@@ -231,7 +231,7 @@ def train(args: argparse.Namespace, device) -> None:
             scalars = evaluation.scalars()
             if args.show_assignments:
                 gallery.sheets("assignments", lambda: sheets(trainer.ema.module, next(iter(val_loader))), epoch)
-            row |= {name: scalars[name] for name in MAIN_METRICS}
+            row |= {name: scalars[name] for name in MAIN_METRICS if name in scalars}
             details |= {name: value for name, value in scalars.items() if name not in row}
             is_better = best.update(fitness(scalars), epoch)
             is_stale = best.is_stale(epoch, args.patience)
@@ -265,7 +265,9 @@ def train(args: argparse.Namespace, device) -> None:
 
 # ---- the chapters ----------------------------------------------------------------------------------------------------
 
-MAIN_METRICS = tuple(f"metrics/{name}" for name in ("precision", "recall", "mAP50", "mAP50-95"))
+MAIN_METRICS = tuple(
+    f"metrics/{name}" for name in ("precision", "recall", "mAP50", "mAP50-95", "mask-mAP50", "mask-mAP50-95")
+)
 
 
 class Resumed(NamedTuple):

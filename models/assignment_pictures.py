@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models.compare_assigners import Comparison, build_criteria, compare
-from models.structures import Assignment, Priors
+from models.structures import Priors
 from utils.draw import batch_mosaic
 from utils.draw_assignment import draw_assignment
 from utils.structures import Batch, Targets
@@ -33,7 +33,7 @@ def sheets(model: nn.Module, batch: Batch, *, max_pictures: int = 4) -> list[np.
 
 def panels(comparison: Comparison, batch: Batch, picture: int) -> dict[str, np.ndarray]:
     """One RGB picture per assigner, of one picture of the batch."""
-    return {name: _panel(assignment, comparison, batch, picture) for name, assignment in comparison.assignments.items()}
+    return {name: _panel(name, comparison, batch, picture) for name in comparison.names}
 
 
 def sheet(comparison: Comparison, drawn: Mapping[str, np.ndarray], picture: int, *, max_size: int = 2600) -> np.ndarray:
@@ -61,12 +61,13 @@ def _first(batch: Batch, num: int) -> Batch:
     targets = batch.targets
     mine, ignored = targets.image < num, targets.ignore_image < num
     kept = targets.image[mine], targets.labels[mine], targets.boxes[mine]
-    kept = Targets.of(*kept, targets.ignore_image[ignored], targets.ignore_boxes[ignored])
+    masks = None if targets.masks is None else targets.masks[mine]
+    kept = Targets.of(*kept, targets.ignore_image[ignored], targets.ignore_boxes[ignored], masks=masks)
     return Batch(images=batch.images[:num], targets=kept, infos=batch.infos[:num])
 
 
-def _panel(assignment: Assignment, comparison: Comparison, batch: Batch, picture: int) -> np.ndarray:
-    priors, image = comparison.priors, _image(batch, picture)
+def _panel(name: str, comparison: Comparison, batch: Batch, picture: int) -> np.ndarray:
+    assignment, priors, image = comparison.assignments[name], comparison.priors, _image(batch, picture)
     mine = assignment.image == picture
     prior, weight = assignment.prior[mine], assignment.weight[mine].numpy()
     anchors = torch.tensor([grid.anchors for grid in priors.grids])[priors.level[prior]]
@@ -86,7 +87,18 @@ def _panel(assignment: Assignment, comparison: Comparison, batch: Batch, picture
         room * np.sqrt(weight / weight.max(initial=1e-9)),
         _ignored(ignore, priors, image.shape[:2]),
         priors.center[negative].numpy() if ignore.double().mean() > MOST else np.zeros((0, 2)),
+        _regions(comparison, name, picture, positive=False),
+        _regions(comparison, name, picture, positive=True),
     )
+
+
+def _regions(comparison: Comparison, name: str, picture: int, *, positive: bool) -> np.ndarray:
+    """Boxes [R, 4] of the second stage's regions in a picture: with an object, or without."""
+    if name not in comparison.regions:
+        return np.zeros((0, 4))
+    regions = comparison.regions[name]
+    found = (regions.target < len(comparison.targets)) == positive
+    return regions.boxes[found & (regions.image == picture)].numpy()
 
 
 def _ignored(ignore: torch.Tensor, priors: Priors, size: tuple[int, int]) -> np.ndarray:

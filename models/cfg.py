@@ -62,6 +62,11 @@ class Cfg:
     def channels(self) -> int:
         return self.net.int("channels") if "inputs" not in self.net else self.net.int("inputs")
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether the network outlines objects, so that its data must, too."""
+        return any(section.type == "mask" for section in self.layers)
+
     def with_lines(self, lines: dict[int, str]) -> Cfg:
         """A new cfg in which each given line (1-based) has another text, which may be several lines."""
         texts = self.text.split("\n")
@@ -251,7 +256,11 @@ HEAD_FILTERS = {  # channels of each layer that a head reads, for so many classe
     "region": lambda section, classes: (len(head_mask(section)) * (section.int("coords", 4) + 1 + classes),),
     "yolox": lambda section, classes: (4, 1, classes),  # boxes, objectness, classes: a layer each, named by from=
     "fcos": lambda section, classes: (4, *([] if len(section.ints("from")) == 2 else [1]), classes),  # or without obj.
+    "rpn": lambda section, classes: (len(section.floats("sizes")) * len(section.floats("ratios")) * 5,),
+    "roi": lambda section, classes: (),  # a pyramid of any number of channels
+    "mask": lambda section, classes: (),
 }
+WITHOUT_CLASSES = ("rpn",)  # heads that only say "object"
 KEEPS_CHANNELS = ("activation", "batchnorm", "dropout", "empty", "local_avgpool", "maxpool", "shortcut", "upsample")
 
 
@@ -289,7 +298,9 @@ def head_mask(section: Section) -> tuple[int, ...]:
 
 def head_filters(section: Section, num_classes: int | None = None) -> tuple[int, ...]:
     """How many channels a head needs of each layer it reads; of an anchor head anchors * (classes + values)."""
-    return HEAD_FILTERS[section.type](section, section.int("classes") if num_classes is None else num_classes)
+    if num_classes is None:
+        num_classes = 0 if section.type in WITHOUT_CLASSES else section.int("classes")
+    return HEAD_FILTERS[section.type](section, num_classes)
 
 
 def head_sources(cfg: Cfg, index: int) -> tuple[int, ...]:
@@ -325,7 +336,7 @@ def adapt_classes(cfg: Cfg, num_classes: int) -> tuple[Cfg, list[str]]:
         raise cfg.net.error(f"{num_classes} classes, expected at least 1")
     changes = []
     for index, section in enumerate(cfg.layers):
-        if section.type in HEAD_FILTERS:
+        if section.type in HEAD_FILTERS and section.type not in WITHOUT_CLASSES:
             for source, filters in zip(head_sources(cfg, index), head_filters(section, num_classes)):
                 convolution = feeding_convolution(cfg, source)
                 if convolution is None:

@@ -4,14 +4,16 @@ Letters: B images, N objects, P slots, K rows of an assignment without those of 
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.assigners import ASSIGNERS, build_targets
+from models.assigners.roi import Regions
 from models.losses import Criterion, build_criterion
 from models.structures import Assignment, Predictions, Priors
 from utils.boxes import box_area
@@ -25,20 +27,21 @@ SIZES = {"small": 0.0, "medium": 32.0**2, "large": 96.0**2}  # from this area on
 def build_criteria(model: nn.Module) -> tuple[dict[str, Criterion], dict[str, str]]:
     """Every assigner with the loss of its own recipe, and for those that this network cannot have, the reason.
 
-    An assigner that no recipe names has its defaults and the yolo loss.
+    Of several recipes the first that fits. An assigner that no recipe names has its defaults and the yolo loss.
     """
-    recipes = {}
+    recipes = defaultdict(list)
     for path in sorted(RECIPES.glob("*.yaml")):
         recipe = read_recipe(path)
-        recipes.setdefault(recipe.assigner["name"], (recipe.assigner, recipe.loss, path))
+        recipes[recipe.assigner["name"]].append((recipe.assigner, recipe.loss, path))
     criteria, refused = {}, {}
     for name in ASSIGNERS:
-        assigner, loss, where = recipes.get(name, ({"name": name}, {"name": "yolo"}, f"assigner {name}"))
-        try:
-            criteria[name] = build_criterion(assigner, loss, model.num_classes, where, model.heads)
-        except UserError as error:
-            refused[name] = str(error)
-    return criteria, refused
+        for assigner, loss, where in recipes[name] or [({"name": name}, {"name": "yolo"}, f"assigner {name}")]:
+            try:
+                criteria[name] = build_criterion(assigner, loss, model.num_classes, where, model.heads)
+                break
+            except UserError as error:
+                refused.setdefault(name, str(error))
+    return criteria, {name: reason for name, reason in refused.items() if name not in criteria}
 
 
 def about(criterion: Criterion) -> str:
@@ -53,6 +56,8 @@ class Comparison:
     assignments: Mapping[str, Assignment]  # compact
     targets: Targets
     priors: Priors
+    # of a network in two stages: the proposals that its second stage learns from
+    regions: Mapping[str, Regions] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -106,7 +111,11 @@ def compare(preds: Predictions, targets: Targets, criteria: Mapping[str, Criteri
     }
     priors = preds.priors
     moved = {name: value.cpu() for name, value in vars(priors).items() if isinstance(value, Tensor)}
-    return Comparison(assignments=assignments, targets=targets.to("cpu"), priors=Priors(grids=priors.grids, **moved))
+    regions = {
+        name: _on_cpu(criterion.loss.regions(preds, targets)) for name, criterion in criteria.items() if preds.refine
+    }
+    priors = Priors(grids=priors.grids, **moved)
+    return Comparison(assignments=assignments, targets=targets.to("cpu"), priors=priors, regions=regions)
 
 
 def pairs(assignment: Assignment) -> set[tuple[int, int, int]]:
@@ -123,7 +132,9 @@ def only(targets: Targets, image: int) -> Targets:
     """The objects and ignore regions of one picture, as a batch of one."""
     mine, ignored = targets.image == image, targets.ignore_image == image
     zeros = torch.zeros_like(targets.image[mine]), torch.zeros_like(targets.ignore_image[ignored])
-    return Targets.of(zeros[0], targets.labels[mine], targets.boxes[mine], zeros[1], targets.ignore_boxes[ignored])
+    objects = zeros[0], targets.labels[mine], targets.boxes[mine]
+    masks = None if targets.masks is None else targets.masks[mine]
+    return Targets.of(*objects, zeros[1], targets.ignore_boxes[ignored], masks=masks)
 
 
 def loss_shares(model: nn.Module, image: Tensor, targets: Targets, criterion: Criterion) -> dict[str, np.ndarray]:
@@ -137,9 +148,11 @@ def loss_shares(model: nn.Module, image: Tensor, targets: Targets, criterion: Cr
         image: float [1, C, H, W] in 0..1, of ``targets``.
     """
     with torch.no_grad():
-        outputs = [output.float() for output in model(image)]
-    parts = [head.decode(raw.requires_grad_(), tuple(image.shape[-2:])) for head, raw in zip(model.heads, outputs)]
+        outputs = model(image)
+    size = tuple(image.shape[-2:])
+    parts = [head.decode(_leaf(raw), size) for head, raw in zip(model.heads, outputs)]
     preds = Predictions.cat(parts)
+    parts = [part for part in parts if len(part.priors)]
     criterion = criterion.to(image.device).eval()
     assignment = build_targets(preds, targets, criterion.assigner)
     rows = _on_cpu(assignment.compact())
@@ -157,6 +170,11 @@ def loss_shares(model: nn.Module, image: Tensor, targets: Targets, criterion: Cr
     return shares
 
 
+def _leaf(raw: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """A map to ask for the gradient of; the pyramid of a second stage, which has no slots, as it is."""
+    return raw if isinstance(raw, tuple) else raw.float().requires_grad_()
+
+
 def _pull(grads, part: Predictions) -> Tensor:
     """Summed absolute gradient [P] of one head's slots; None is no gradient."""
     total = torch.zeros(part.obj.shape[1], dtype=torch.float64, device=part.obj.device)
@@ -166,5 +184,5 @@ def _pull(grads, part: Predictions) -> Tensor:
     return total
 
 
-def _on_cpu(assignment: Assignment) -> Assignment:
-    return Assignment(**{name: value.cpu() for name, value in vars(assignment).items()})
+def _on_cpu(rows: Assignment | Regions) -> Assignment | Regions:
+    return type(rows)(**{name: value.cpu() for name, value in vars(rows).items()})

@@ -53,7 +53,7 @@ class Darknet(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        return self.heads[0].num_classes if self.graph.heads else self.graph.layers[-1].shape[0]
+        return max(head.num_classes for head in self.heads) if self.graph.heads else self.graph.layers[-1].shape[0]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,26 +78,27 @@ class Darknet(nn.Module):
                 largest = max(largest, round(self.cfg.height / spec.shape[1]))
         return largest
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """Raw maps, one per head in the order of the cfg; of a classifier its only output.
 
         Args:
             images: float [B, C, H, W] in 0..1.
 
         Returns:
-            float [B, A * (5 + classes), h, w] each (logits throughout).
+            float [B, A * (5 + classes), h, w] each (logits throughout); of a head of the second stage its pyramid, a
+            tuple of maps.
         """
         wanted = dict.fromkeys(self.graph.outputs)
         for index, output in self._walk(images, self._needed):
             if index in wanted:
                 wanted[index] = output
-        return list(wanted.values())
+        return tuple(wanted.values())
 
     def layer_outputs(self, images: Tensor) -> list[Tensor]:
         """The output of every layer, in the order of the cfg: for looking, comparing and counting."""
         return [output for _, output in self._walk(images, range(len(self.layers)))]
 
-    def decode(self, outputs: list[Tensor], size: tuple[int, int]) -> Predictions:
+    def decode(self, outputs: Sequence[Tensor | tuple[Tensor, ...]], size: tuple[int, int]) -> Predictions:
         """Raw maps -> predictions of all slots, in pixels of an input of ``size`` (H, W)."""
         return Predictions.cat([head.decode(output, size) for head, output in zip(self.heads, outputs)])
 

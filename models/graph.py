@@ -17,6 +17,7 @@ from models.shapes import LayerSpec, Shape
 MAX_FLOATS = 2 * 10**9  # parameters: 8 GB
 MAX_VALUES = 4 * 10**9  # outputs of all layers for one image: 16 GB
 NOT_AN_OUTPUT = ("cost", "contrastive", "dropout", "empty")  # training only
+STAGES = ("rpn", "roi", "mask")  # the heads of a network in two stages
 MISSPELT = 0.8  # similarity from which an unknown key is taken for a known one
 
 
@@ -254,7 +255,8 @@ class _Walk:
             self._note(before, message, f"new_coords needs {fix}", "activation", fix=fix)
 
     def _check_heads_together(self, heads: tuple[int, ...]) -> None:
-        classes = [self.cfg.layers[i] for i in heads if self.sound[i + 1]]
+        self._check_stages([self.cfg.layers[i] for i in heads])
+        classes = [self.cfg.layers[i] for i in heads if self.sound[i + 1] and "classes" in self.cfg.layers[i]]
         for section in classes[1:]:
             if section.int("classes") != classes[0].int("classes"):
                 found = f"classes={section.int('classes')}, but {classes[0].int('classes')} at line "
@@ -267,6 +269,25 @@ class _Walk:
             if size % cells:
                 found = f"{key}={size} is not a multiple of the largest stride: {cells} cells"
                 self._note(self.cfg.net, found, "cells then differ in size", key, "warning")
+
+    def _check_stages(self, heads: list[Section]) -> None:
+        """[rpn], [roi] and perhaps [mask] make a network together, and with no other head."""
+        found = {section.type: section for section in reversed(heads)}
+        staged = [section for kind, section in found.items() if kind in STAGES]
+        if not staged:
+            return
+        for kind in STAGES[:2]:
+            if kind not in found:
+                self._note(
+                    staged[-1], f"[{staged[-1].type}] without [{kind}]", "two stages: [rpn] proposes, [roi] decides"
+                )
+        for section in (section for kind, section in found.items() if kind not in STAGES):
+            self._note(
+                section, f"[{section.type}] beside [{staged[-1].type}]", "one-stage and two-stage heads do not mix"
+            )
+        for kind in STAGES[1:]:
+            for section in [section for section in heads if section.type == kind][1:]:
+                self._note(section, f"a second [{kind}], the first is at line {found[kind].line}")
 
     def _check_shared(self, index: int, section: Section) -> None:
         if not self.sound[index + 1]:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.anchors import grid_priors
+from models.anchors import cell_anchors, grid_priors
 from models.cfg import head_anchors, head_mask
-from models.coders import Coder, CornerOffsetExp, Distances, SigmoidExp, SigmoidSquare
+from models.coders import AnchorDeltas, Coder, CornerOffsetExp, Distances, SigmoidExp, SigmoidSquare
+from models.roi_heads import MaskHead, RoiHead
 from models.structures import Predictions, Priors
 
 OBJECTNESS_BIAS = -4.5  # sigmoid 0.011: most slots are background (YOLOv3 archive)
@@ -29,10 +30,12 @@ class Head(nn.Module):
     Attributes:
         num_classes, coder, section: the last is the cfg's, for the keys that only training reads.
         offers: what an assigner or a loss may need of a head (its ``needs``): ``anchors``, ``objectness`` logits, the
-            ``[yolo] training keys``.
+            ``[yolo] training keys``, ``proposals``.
+        demands: what a loss must need, or it would leave this head untaught.
     """
 
     offers = frozenset({"objectness"})
+    demands = frozenset()
     num_anchors = 1
     num_box_values = 5  # channels of an anchor before its class logits
     objectness = 4  # which of them is the objectness
@@ -252,12 +255,45 @@ class FcosHead(Head):
         return {"scale": self.scale}
 
 
+class RpnHead(Head):
+    """``[rpn]``: per anchor x, y, w, h, objectness; anchors are sizes x ratios. One section per level of the pyramid.
+
+    Its convolutions stand in the cfg as ordinary layers, shared by the levels through ``share_index``. Biases stay 0:
+    half of what it learns from may be objects. Faster R-CNN (Ren et al. 2015), section 3.1.
+    """
+
+    offers = frozenset({"anchors", "objectness", "proposals"})
+
+    def __init__(self, *, anchors: Sequence[tuple[float, float]], offset: float, section):
+        super().__init__(num_classes=0, coder=AnchorDeltas(), section=section)
+        self.anchor_table, self.offset = tuple(anchors), offset
+
+    @classmethod
+    def from_spec(cls, spec) -> "RpnHead":
+        section = spec.section
+        anchors = cell_anchors(section.floats("sizes"), section.floats("ratios"))
+        return cls(anchors=anchors, offset=section.float("offset", 0.0), section=section)
+
+    @property
+    def num_anchors(self) -> int:
+        return len(self.anchor_table)
+
+    def sizes(self, stride: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+        return self.anchor_table
+
+    def init_bias(self, bias: Tensor) -> None:
+        """Leave it."""
+
+
 HEADS = {
     "yolo": YoloHead,
     "Gaussian_yolo": GaussianYoloHead,
     "region": RegionHead,
     "yolox": YoloxHead,
     "fcos": FcosHead,
+    "rpn": RpnHead,
+    "roi": RoiHead,
+    "mask": MaskHead,
 }
 
 

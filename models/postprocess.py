@@ -1,6 +1,9 @@
 """Predictions -> Detections: thresholds and non-maximum suppression by Darknet's rules (darknet-format, section 8).
 
-Letters: B images, P slots, C classes, R slots that pass the objectness threshold, N candidates (slot, class).
+Of a network in two stages the slots are the proposals, as the second stage sees them.
+
+Letters: B images, P slots, C classes, R slots that pass the objectness threshold, N candidates (slot, class), M boxes:
+R, or N where each class has its own.
 
 The result is exactly that of sorting all candidates of an image by score (equal scores: by slot, then class), dropping
 in each class whatever overlaps a better one that was kept, and taking the best ``max_det``. It is found lazily: the
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from models.second_stage import refined, with_masks
 from models.structures import Predictions
 from utils.boxes import paired_iou
 from utils.errors import UserError
@@ -75,9 +79,11 @@ def postprocess(
             the picture: the same for stretched pictures; for letterboxed ones that are not square it can decide
             otherwise on a box near the threshold.
 
-    A slot whose box or score is not finite is never kept. Errors: UserError for a class that the network does not have.
+    A slot with a box or score that is not finite is never kept. Errors: UserError for a class that the network does not
+    have.
     """
     assert conf_thres >= 0 and max_det >= 0
+    preds = refined(preds)
     num_classes = preds.cls.shape[-1]
     unknown = [number for number in classes or () if not 0 <= number < num_classes]
     if unknown:
@@ -90,28 +96,29 @@ def postprocess(
     detections = []
     objectness = preds.obj.sigmoid()
     for image, (boxes, confidence) in enumerate(zip(preds.boxes, objectness)):
-        slots = ((confidence > conf_thres) & boxes.isfinite().all(-1)).nonzero().squeeze(1)
+        slots = ((confidence > conf_thres) & boxes.flatten(1).isfinite().all(-1)).nonzero().squeeze(1)
         factor = confidence if preds.quality is None else confidence * preds.quality[image]
         scores = preds.cls[image, slots].sigmoid() * factor[slots, None]
         if not multi_label:
             scores = _best_class_only(scores)
         scores = (scores * wanted).flatten()
-        boxes = boxes[slots]
+        boxes = boxes[slots].flatten(0, -2)  # [M, 4]
+        shared = num_classes if preds.boxes.ndim == 3 else 1  # candidates per box
         measured = torch.stack([boxes[:, 0::2], boxes[:, 1::2] * aspect], dim=2).flatten(1)
 
-        def conflicts(rows: Tensor, start: int, boxes=measured) -> tuple[Tensor, Tensor]:
+        def conflicts(rows: Tensor, start: int, boxes=measured, shared=shared) -> tuple[Tensor, Tensor]:
             """Positions in ``rows`` (best first) of all pairs (worse, better) that overlap too much, worse >= start."""
-            groups, slots = rows % num_groups, rows // num_classes
+            groups, places = rows % num_groups, rows // shared
             rivals = (groups[start:, None] == groups).tril(start - 1)
             worse, better = rivals.nonzero(as_tuple=True)
             worse = worse + start
-            pair = [boxes.index_select(0, slots.index_select(0, side)) for side in (worse, better)]
+            pair = [boxes.index_select(0, places.index_select(0, side)) for side in (worse, better)]
             over = (measure(*pair, beta_nms) > iou_thres).nonzero().squeeze(1)
             return worse[over], better[over]
 
         kept = _suppress(_best_first(scores, conf_thres), conflicts, slots[:0], max_det)
-        detections.append(Detections(boxes=boxes[kept // num_classes], scores=scores[kept], labels=kept % num_classes))
-    return detections
+        detections.append(Detections(boxes=boxes[kept // shared], scores=scores[kept], labels=kept % num_classes))
+    return with_masks(preds.refine["mask"], detections) if "mask" in preds.refine else detections
 
 
 def _best_class_only(scores: Tensor) -> Tensor:

@@ -32,6 +32,13 @@ def nonzero(section, key):
         raise section.error(f"{key}=0", key)
 
 
+def positive(section, key):
+    """One number or several."""
+    for value in section.floats(key):
+        if value <= 0:
+            raise section.error(f"{key}: {value:g}, expected more than 0", key)
+
+
 def one_of(*known: str) -> Callable:
     return lambda section, key: section.str(key, choices=known)
 
@@ -44,6 +51,7 @@ KINDS: dict[str, Callable] = {  # each raises the section's CfgError
     "nonzero": nonzero,
     "wholes": lambda section, key: section.ints(key),
     "number": lambda section, key: section.float(key),
+    "positive": positive,
     "numbers": lambda section, key: section.floats(key),
     "activation": one_of(*ACTIVATIONS),
     "iou": one_of("mse", "iou", "giou", "diou", "ciou"),
@@ -101,7 +109,9 @@ HEAD = keys(
     "obj_normalizer cls_normalizer delta_normalizer uc_normalizer label_smooth_eps beta_nms beta1 thresh scale_x_y",
     iou="iou_loss iou_thresh_kind",
 ) | {"nms_kind": one_of("default", "greedynms", "diounms", "cornersnms")}
-POINT_HEAD = keys(wholes="from", count="classes", number="beta_nms") | {"nms_kind": HEAD["nms_kind"]}
+NMS = keys(number="beta_nms") | {"nms_kind": HEAD["nms_kind"]}
+POINT_HEAD = NMS | keys(wholes="from", count="classes")
+REGION = NMS | keys(wholes="from", count="classes pool", positive="canonical_size")
 HEAD_REQUIRED = ("classes", "anchors", "num")
 TRACKING = "map show_details embedding_layer track_history_size sim_thresh dets_for_track dets_for_show track_ciou_norm"
 
@@ -197,6 +207,14 @@ SECTIONS: dict[str, Rule] = {
     "fcos": Rule(
         infer=shapes.fcos, keys=POINT_HEAD | keys(number="offset"), required=("from", "classes"), reads="only from"
     ),
+    "rpn": Rule(infer=shapes.head, keys=keys(positive="sizes ratios", number="offset"), required=("sizes", "ratios")),
+    "roi": Rule(
+        infer=shapes.roi,
+        keys=REGION | keys(count="fc units pre_nms post_nms", number="nms_thresh min_size"),
+        required=("from", "classes"),
+        reads="only from",
+    ),
+    "mask": Rule(infer=shapes.mask, keys=REGION | keys(count="convs channels"), required=("classes",)),
 }
 HEADS = tuple(HEAD_FILTERS)
 

@@ -9,12 +9,14 @@ Letters: c channels, h w height and width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from models.cfg import head_filters
 from models.section import Section
 
 Shape = tuple[int, int, int]
+MASKS_PER_IMAGE = 100  # that FLOPs are counted for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,3 +257,32 @@ def head(section, inputs):
 def fcos(section, inputs):
     """A head with one learned number: how many strides a unit of its distances is."""
     return head(section, inputs)._replace(params=1)
+
+
+def roi(section, inputs):
+    """The pyramid it reads passes through; parameters and FLOPs are those of the fully connected layers."""
+    for finer, coarser in pairwise(inputs):
+        halved = tuple(-(-side // 2) for side in finer.shape[1:])
+        if coarser.shape != (finer.shape[0], *halved):
+            raise mismatch(
+                section, (finer, coarser), "from", "a pyramid: finest map first, each next one half the size"
+            )
+    units, classes = section.int("units", 1024), section.int("classes")
+    sides = [inputs[0].shape[0] * section.int("pool", 7) ** 2, *[units] * section.int("fc", 2)]
+    weights = sum(a * b for a, b in pairwise(sides)) + units * (5 * classes + 1)
+    params = weights + units * section.int("fc", 2) + 5 * classes + 1
+    return Made(inputs[0].shape, params, flops=2 * weights * section.int("post_nms", 1000))
+
+
+def mask(section, inputs):
+    """Passes on the pyramid of the [roi] before it."""
+    if inputs[0].section.type != "roi":
+        raise section.error(
+            f"[mask] after [{inputs[0].section.type}]", hint="it stands right after [roi], whose maps it reads"
+        )
+    channels, convs, area = section.int("channels", 256), section.int("convs", 4), section.int("pool", 14) ** 2
+    widths = [inputs[0].shape[0], *[channels] * convs]
+    weights = sum(9 * a * b for a, b in pairwise(widths))
+    upsample, last = 4 * channels**2, channels * section.int("classes")
+    params = weights + upsample + last + channels * (convs + 1) + section.int("classes")
+    return Made(inputs[0].shape, params, flops=2 * (weights + upsample + 4 * last) * area * MASKS_PER_IMAGE)

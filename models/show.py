@@ -50,6 +50,8 @@ def main(args: argparse.Namespace) -> None:
     device = select_device(args.device)
     data = read_dataset(args.data, args.task)
     model = load_model(args, list(data.names)).to(device)
+    if model.cfg.has_masks:
+        data = read_dataset(args.data, args.task, masks=True)
     batch = first_batch(args, data.records, model, input_size(args.img_size, model)).to(device)
     images = batch.images.float() / 255
 

@@ -5,7 +5,8 @@ Letters: B images, P output slots of the whole network, C classes, K rows of an 
 Slots run head by head in the order of the cfg and, inside a head, anchor, then row, then column.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -66,13 +67,13 @@ class Predictions:
     logits that give its probabilities. ``quality`` is a further factor some heads know (Gaussian: 1 - mean sigma).
     """
 
-    boxes: Tensor  # float [B, P, 4] xyxy, pixels of the network's input
+    boxes: Tensor  # float [B, P, 4] xyxy, pixels of the network's input; [B, P, C, 4] where each class has its own
     deltas: Tensor  # float [B, P, 4]: the raw regression outputs
     obj: Tensor  # float [B, P]: objectness logits
     cls: Tensor  # float [B, P, C]: class logits
     priors: Priors
     quality: Tensor | None = None  # float [B, P] in 0..1
-    refine: object | None = None  # the second stage's outputs, if the network has one
+    refine: Mapping[str, object] = field(default_factory=dict)  # second stage: section type -> its ``Branch``, if any
 
     @classmethod
     def cat(cls, parts: list["Predictions"]) -> "Predictions":
@@ -86,7 +87,8 @@ class Predictions:
             name: torch.cat([getattr(part, name) for part in parts], dim=1)
             for name in ("boxes", "deltas", "obj", "cls")
         }
-        return cls(priors=Priors.cat([part.priors for part in parts]), quality=quality, **joined)
+        refine = {name: branch for part in parts for name, branch in part.refine.items()}
+        return cls(priors=Priors.cat([part.priors for part in parts]), quality=quality, refine=refine, **joined)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Boxes on pictures: what was found, what is true, and many pictures at a glance.
+"""Boxes and masks on pictures: what was found, what is true, and many pictures at a glance.
 
 Pictures are RGB or grey uint8 [H, W, C]; every function returns a new RGB picture and leaves its input alone.
 """
@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
+from utils.mask_frames import paste
 from utils.structures import Detections
 
 # 20 colours that stand out on photographs, neighbours far apart in hue; RGB
@@ -20,6 +21,7 @@ PALETTE = (
 )  # fmt: skip
 WHITE, BLACK = (255, 255, 255), (25, 25, 25)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+TINT = 0.45  # how much of a mask's colour is laid over its pixels
 FINE = 3  # text is drawn this many times larger and averaged down: OpenCV's own small letters are ragged
 
 
@@ -40,7 +42,7 @@ def draw_detections(
     """Draw what was found, the most certain on top.
 
     Args:
-        detections: boxes in pixels of ``image``, best first.
+        detections: boxes in pixels of ``image``, best first; their masks are tinted, where they have some.
         line_thickness: pixels; by default it grows with the picture.
     """
     labels, scores = detections.labels.tolist(), detections.scores.tolist()
@@ -50,12 +52,22 @@ def draw_detections(
         captions = [
             names[label] if hide_conf else f"{names[label]} {score:.2f}" for label, score in zip(labels, scores)
         ]
+    image = _tinted(image, detections.boxes, labels, detections.masks)
     return _draw(image, detections.boxes, labels, captions, line_thickness)
 
 
-def draw_boxes(image: np.ndarray, boxes, labels, names: list[str], *, line_thickness: int | None = None) -> np.ndarray:
-    """Draw annotated boxes [n, 4] of classes [n] (numpy or torch), in pixels of ``image``."""
+def draw_boxes(
+    image: np.ndarray,
+    boxes,
+    labels,
+    names: list[str],
+    *,
+    masks: Tensor | None = None,
+    line_thickness: int | None = None,
+) -> np.ndarray:
+    """Draw annotated boxes [n, 4] of classes [n] (numpy or torch), in pixels of ``image``, and masks [n, S, S]."""
     labels = [int(label) for label in labels]
+    image = _tinted(image, boxes, labels, masks)
     return _draw(image, boxes, labels, [names[label] for label in labels], line_thickness)
 
 
@@ -127,6 +139,22 @@ def _draw(image, boxes, labels: list, captions: list[str], line_thickness: int |
             patches.append(patch)
     for patch, (left, top, _, _) in list(zip(patches, occupied))[::-1]:
         _paste(canvas, patch, left, top)
+    return canvas
+
+
+def _tinted(image: np.ndarray, boxes: Tensor, labels: list[int], masks: Tensor | None) -> np.ndarray:
+    """The picture with each mask in its class's colour and a line around it, the first on top."""
+    if masks is None:
+        return image
+    canvas = _rgb(image).copy()
+    patches = paste(masks.detach().cpu().float(), boxes.detach().cpu().float(), canvas.shape[:2])
+    for patch, label in list(zip(patches, labels))[::-1]:
+        left, top, right, bottom = patch.window
+        part, colour = canvas[top:bottom, left:right], colour_of(label)
+        part[patch.pixels] = (part[patch.pixels] * (1 - TINT) + np.array(colour) * TINT).astype(np.uint8)
+        pixels = patch.pixels.astype(np.uint8)
+        around, _ = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top))
+        cv2.drawContours(canvas, around, -1, colour, 1)
     return canvas
 
 

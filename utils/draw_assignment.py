@@ -1,6 +1,6 @@
 """Which points of a picture answer for which object: one picture of it.
 
-Letters: H W of the picture, n objects, K points, M negatives.
+Letters: H W of the picture, n objects, K points, M negatives, R regions.
 """
 
 import cv2
@@ -13,6 +13,8 @@ LEVELS = ((0, 114, 218), (240, 130, 0), (200, 30, 130), (0, 150, 90), (110, 70, 
 ALONE = (214, 30, 30)  # an object that nobody answers for
 SHADE = (96, 110, 150)
 NEGATIVE = (70, 70, 70)
+REGION = (0, 120, 70)
+NONE = np.zeros((0, 4))
 HATCH = 9  # pixels from line to line
 SHIFT = 4  # OpenCV draws in sixteenths of a pixel
 
@@ -31,6 +33,8 @@ def draw_assignment(
     radii: np.ndarray,
     ignored: np.ndarray,
     negatives: np.ndarray,
+    background: np.ndarray = NONE,
+    regions: np.ndarray = NONE,
     *,
     side: int = 640,
 ) -> np.ndarray:
@@ -42,6 +46,7 @@ def draw_assignment(
         points, levels, objects, radii: [K, 2] x and y; [K] level for the colour, row of ``boxes``, size.
         ignored: float [H, W] in 0..1, hatched as densely: neither right nor wrong.
         negatives: [M, 2] points drawn as small crosses.
+        background, regions: [R, 4] boxes of a second stage, thin: those that hold no object, and those that do.
         side: longer side of the result, pixels.
     """
     scale = side / max(image.shape[:2])
@@ -50,6 +55,9 @@ def draw_assignment(
     canvas = _hatched(canvas, cv2.resize(ignored.astype(np.float32), size, interpolation=cv2.INTER_NEAREST))
     for x, y in negatives * scale:
         cv2.drawMarker(canvas, (round(x), round(y)), NEGATIVE, cv2.MARKER_TILTED_CROSS, 7, 1, cv2.LINE_AA)
+    for some, colour in ((background, NEGATIVE), (regions, REGION)):
+        for x1, y1, x2, y2 in (some * scale).tolist():
+            cv2.rectangle(canvas, _fixed((x1, y1)), _fixed((x2, y2)), colour, 1, cv2.LINE_AA, SHIFT)
     answered = np.bincount(objects, minlength=len(boxes)) > 0
     for box, found in zip(boxes * scale, answered):
         if found:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +73,11 @@ def _image(batch: Batch, row: int) -> np.ndarray:
 
 def _with_targets(batch: Batch, row: int, names: list[str]) -> np.ndarray:
     mine = batch.targets.image == row
-    return draw_boxes(_image(batch, row), batch.targets.boxes[mine], batch.targets.labels[mine], names)
+    boxes, labels, masks = batch.targets.boxes[mine], batch.targets.labels[mine], batch.targets.masks
+    return draw_boxes(_image(batch, row), boxes, labels, names, masks=None if masks is None else masks[mine])
 
 
 def _with_detections(batch: Batch, row: int, found: Detections, names: list[str]) -> np.ndarray:
     shown = found[torch.nonzero(found.scores >= 0.25).squeeze(1)]
-    boxes = batch.infos[row].letterbox.apply(shown.boxes)
-    return draw_detections(_image(batch, row), Detections(boxes=boxes, scores=shown.scores, labels=shown.labels), names)
+    placed = replace(shown, boxes=batch.infos[row].letterbox.apply(shown.boxes))
+    return draw_detections(_image(batch, row), placed, names)

@@ -6,7 +6,7 @@ Every file appears whole or not at all: it is written beside its name and rename
 import json
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.datasets.sources import Frame
 from utils.errors import UserError
-from utils.evaluate import coco_results
+from utils.evaluate import coco_results, segmentations, with_segmentations
 from utils.files import atomic_write, write_text
 from utils.structures import Batch, Detections, Record
 
@@ -68,14 +68,17 @@ def write_labels(folder: Path, stem: str, detections: Detections, size: tuple[in
 class Predictions:
     """What ``test.py`` keeps of an evaluation, batch by batch: label files and one file of COCO results."""
 
-    def __init__(self, folder: Path, records: list[Record], *, save_txt: bool, save_conf: bool):
-        self.folder, self.records, self.save_txt, self.save_conf = folder, records, save_txt, save_conf
-        self._stems, self._found = Stems(), {}
+    def __init__(self, folder: Path, records: list[Record], *, save_txt: bool, save_conf: bool, save_json: bool = True):
+        self.folder, self.records = folder, records
+        self.save_txt, self.save_conf, self.save_json = save_txt, save_conf, save_json
+        self._stems, self._found, self._shapes = Stems(), {}, {}
 
     def observe(self, batch: Batch, detections: list[Detections]) -> None:
         """For ``evaluate(observe=...)``: detections in pixels of the original pictures."""
         for info, found in zip(batch.infos, detections):
-            self._found[info.id] = found
+            if self.save_json:  # run lengths are a tenth of the masks
+                self._found[info.id] = replace(found, masks=None)
+                self._shapes[info.id] = segmentations(found, info.size)
             if self.save_txt:
                 write_labels(self.folder, self._stems(info.path), found, info.size, with_score=self.save_conf)
 
@@ -83,6 +86,9 @@ class Predictions:
         """``predictions.json``, as the COCO tools read it."""
         order = sorted(self._found)
         results = coco_results([self._found[i] for i in order], [self.records[i] for i in order], category_ids)
+        shapes = [self._shapes[i] for i in order]
+        if None not in shapes:
+            results = with_segmentations(results, [shape for mine in shapes for shape in mine])
         write_text(self.folder / "predictions.json", json.dumps(results))
         return self.folder / "predictions.json"
 
@@ -141,6 +147,7 @@ class ResultWriter:
             }
             for box, score, label in _rows(detections)
         ]
+        found = with_segmentations(found, segmentations(detections, (height, width)))
         return {"path": frame.path, "frame": frame.number, "width": width, "height": height, "detections": found}
 
     def _write_crops(self, stem: str, frame: Frame, detections: Detections) -> None:

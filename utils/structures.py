@@ -1,6 +1,11 @@
 """The data's nouns. Boxes are float32 xyxy in pixels; which pixels is part of each type.
 
-Letters: B images, N objects, R ignore regions, n rows of one image, H W height and width.
+Letters: B images, N objects, R ignore regions, n rows of one image, H W height and width, G rings of n objects, V their
+corners, S side of a mask in its box's frame.
+
+A mask is an outline (``Outlines``) where objects still move, and pixels in the frame of its own box where a network
+sees or makes it: ``[S, S]`` cells that divide the box evenly, whatever its size. ``utils/outlines.py`` makes pixels,
+``utils/mask_frames.py`` puts them on a picture.
 """
 
 from dataclasses import dataclass, replace
@@ -8,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+
+from utils.mask_frames import reframe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +29,16 @@ class Letterbox:
     pad: tuple[float, float] = (0.0, 0.0)  # left, top, in canvas pixels
 
     def apply(self, boxes):
-        """Boxes [n, 4] (numpy or torch), original pixels -> canvas pixels."""
-        return boxes * self._like(boxes, self.scale * 2) + self._like(boxes, self.pad * 2)
+        """Boxes [n, 4] or points [n, 2] (numpy or torch), original pixels -> canvas pixels."""
+        return boxes * self._like(boxes, self.scale) + self._like(boxes, self.pad)
 
     def undo(self, boxes):
-        """Boxes [n, 4] (numpy or torch), canvas pixels -> original pixels. Does not clip."""
-        return (boxes - self._like(boxes, self.pad * 2)) / self._like(boxes, self.scale * 2)
+        """Boxes [n, 4] or points [n, 2] (numpy or torch), canvas pixels -> original pixels. Does not clip."""
+        return (boxes - self._like(boxes, self.pad)) / self._like(boxes, self.scale)
 
     @staticmethod
-    def _like(boxes, values):
+    def _like(boxes, pair):
+        values = pair * (boxes.shape[-1] // 2)
         if isinstance(boxes, Tensor):
             return torch.tensor(values, dtype=boxes.dtype, device=boxes.device)
         return np.asarray(values, dtype=boxes.dtype)
@@ -44,6 +52,70 @@ class ImageInfo:
     path: str
     size: tuple[int, int]  # height, width of the original, EXIF orientation applied
     letterbox: Letterbox = Letterbox()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlines:
+    """What n objects cover: each the union of its rings, each ring a closed polygon filled by the even-odd rule.
+
+    Flat, so that the outlines of a whole data set are three arrays. Corners are in the pixels of the boxes beside them.
+    """
+
+    corners: np.ndarray  # float32 [V, 2] x, y, ring after ring
+    starts: np.ndarray  # int64 [G + 1]: the first corner of each ring, and their number
+    owner: np.ndarray  # int64 [G], non-decreasing: the object a ring belongs to; one may have none
+    num: int  # n
+
+    @classmethod
+    def of(cls, objects) -> "Outlines":
+        """From a list of rings [k, 2] for each object."""
+        rings = [ring for mine in objects for ring in mine]
+        return cls(
+            corners=np.concatenate([np.zeros((0, 2)), *rings]).astype(np.float32),
+            starts=np.cumsum([0, *map(len, rings)], dtype=np.int64),
+            owner=np.repeat(np.arange(len(objects)), [len(mine) for mine in objects]),
+            num=len(objects),
+        )
+
+    @classmethod
+    def cat(cls, parts: list["Outlines"]) -> "Outlines":
+        """The objects of several, one after the other."""
+        lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.starts) for part in parts)])
+        first = np.cumsum([0, *(part.num for part in parts)])
+        return cls(
+            corners=np.concatenate([np.zeros((0, 2), np.float32), *(part.corners for part in parts)]),
+            starts=np.append(0, np.cumsum(lengths)),
+            owner=np.concatenate([np.zeros(0, np.int64), *(part.owner + row for part, row in zip(parts, first))]),
+            num=int(first[-1]),
+        )
+
+    def __len__(self) -> int:
+        return self.num
+
+    def between(self, start: int, stop: int) -> "Outlines":
+        """The objects start..stop - 1, at a cost that does not grow with the others."""
+        low, high = np.searchsorted(self.owner, (start, stop))
+        corner, end = self.starts[low], self.starts[high]
+        return Outlines(
+            corners=self.corners[corner:end],
+            starts=self.starts[low : high + 1] - corner,
+            owner=self.owner[low:high] - start,
+            num=stop - start,
+        )
+
+    def __getitem__(self, kept: np.ndarray) -> "Outlines":
+        """The objects where ``kept`` (bool [n])."""
+        rings, lengths = kept[self.owner], np.diff(self.starts)
+        return Outlines(
+            corners=self.corners[np.repeat(rings, lengths)],
+            starts=np.append(0, np.cumsum(lengths[rings])),
+            owner=(np.cumsum(kept) - 1)[self.owner[rings]],
+            num=int(kept.sum()),
+        )
+
+    def moved(self, corners: np.ndarray) -> "Outlines":
+        """The same rings with other corners [V, 2]."""
+        return replace(self, corners=corners.astype(np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +134,7 @@ class Record:
     crowd: np.ndarray  # bool [n], a subset of ignore
     area: np.ndarray  # float32 [n], the annotated (mask) area where there is one, else width * height
     image_id: int | str | None = None  # the data set's own id (COCO), for results files
+    outlines: Outlines | None = None  # of the n objects, where masks were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +146,14 @@ class Sample:
     labels: np.ndarray  # int64 [n]
     ignore: np.ndarray  # bool [n]
     info: ImageInfo
+    outlines: Outlines | None = None  # of the n objects, pixels of ``image``; may reach beyond their clipped boxes
 
     def replace(self, **changes) -> "Sample":
         return replace(self, **changes)
+
+    def outlines_after(self, change) -> Outlines | None:
+        """The outlines when ``change`` (corners [V, 2] -> corners [V, 2]) is made to them."""
+        return None if self.outlines is None else self.outlines.moved(change(self.outlines.corners))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +170,10 @@ class Targets:
     ignore_image: Tensor  # int64 [R]
     ignore_boxes: Tensor  # float32 [R, 4] xyxy
     max_per_image: int  # objects of the fullest picture: sizes tables on the device without asking it
+    masks: Tensor | None = None  # uint8 [N, S, S] of 0 and 1: what each object covers of its own box; None: not known
 
     @classmethod
-    def of(cls, image, labels, boxes, ignore_image=None, ignore_boxes=None) -> "Targets":
+    def of(cls, image, labels, boxes, ignore_image=None, ignore_boxes=None, masks=None) -> "Targets":
         """Targets without ignore regions unless they are given. Counts objects, hence for tensors of the host."""
         if ignore_image is None:
             ignore_image, ignore_boxes = image.new_zeros(0), boxes.new_zeros(0, 4)
@@ -105,6 +184,7 @@ class Targets:
             ignore_image=ignore_image,
             ignore_boxes=ignore_boxes,
             max_per_image=int(image.bincount().max()) if len(image) else 0,
+            masks=masks,
         )
 
     def __len__(self) -> int:
@@ -118,9 +198,9 @@ class Targets:
         return replace(self, **pinned)
 
 
-def _to(tensor: Tensor | int, device=None, dtype=None, non_blocking: bool = False) -> Tensor | int:
+def _to(tensor: Tensor | int | None, device=None, dtype=None, non_blocking: bool = False) -> Tensor | int | None:
     """Move a tensor; a dtype applies to floating-point tensors only (indices stay integers)."""
-    if isinstance(tensor, int):
+    if not isinstance(tensor, Tensor):
         return tensor
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)
 
@@ -157,15 +237,19 @@ class Detections:
     boxes: Tensor  # float32 [n, 4] xyxy
     scores: Tensor  # float32 [n] in 0..1
     labels: Tensor  # int64 [n]
+    masks: Tensor | None = None  # float32 [n, S, S] in 0..1: whether a cell of the box is the object; None: boxes only
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, rows) -> "Detections":
-        return Detections(boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows])
+        return self._each(lambda tensor: tensor[rows])
 
     def cpu(self) -> "Detections":
-        return Detections(boxes=self.boxes.cpu(), scores=self.scores.cpu(), labels=self.labels.cpu())
+        return self._each(Tensor.cpu)
+
+    def _each(self, change) -> "Detections":
+        return Detections(**{name: None if value is None else change(value) for name, value in vars(self).items()})
 
     def to_original(self, info: ImageInfo) -> "Detections":
         """From pixels of the network's input to pixels of the original picture, clipped to it.
@@ -175,5 +259,7 @@ class Detections:
         boxes = info.letterbox.undo(self.boxes)
         height, width = info.size
         x, y = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
-        clipped = replace(self, boxes=torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1))
+        inside = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
+        masks = None if self.masks is None else reframe(self.masks, boxes, inside)
+        clipped = replace(self, boxes=inside, masks=masks)
         return clipped[((x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1])).nonzero().squeeze(1)]

@@ -1,7 +1,7 @@
 """Assigner and loss as one thing to train against, and the step that data-parallel training wraps."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ from models.assigners import ASSIGNERS, Assigner, build_targets
 from models.losses.autoassign import AutoAssignLoss
 from models.losses.darknet import DarknetLoss
 from models.losses.rcnn import RCNNLoss
+from models.losses.two_stage import TwoStageLoss
 from models.losses.yolo import YoloLoss
 from models.losses.yolov5 import Yolov5Loss
 from models.losses.yolox import YoloxLoss
 from models.structures import Predictions
-from utils.boxes import at_least_float32
 from utils.config import Located, build
 from utils.errors import UserError, nearest
 from utils.structures import Targets
@@ -26,6 +26,7 @@ LOSSES: dict[str, type[nn.Module]] = {
     "darknet": DarknetLoss,
     "yolox": YoloxLoss,
     "autoassign": AutoAssignLoss,
+    "two_stage": TwoStageLoss,
 }
 
 
@@ -51,18 +52,21 @@ class Criterion(nn.Module):
 
 
 def compute_loss(
-    outputs: list[Tensor], targets: Targets, model: nn.Module, criterion: Criterion, size: tuple[int, int]
+    outputs: Sequence[Tensor | tuple[Tensor, ...]],
+    targets: Targets,
+    model: nn.Module,
+    criterion: Criterion,
+    size: tuple[int, int],
 ) -> dict[str, Tensor]:
     """Weighted scalar terms of raw maps; the total is their sum.
 
     Args:
-        outputs: one map [B, A * (5 + C), h, w] per head, from ``model``. Half maps (autocast) are decoded in float32:
-            exp and IoU need it, and the maps are small beside the network.
+        outputs: what each head of ``model`` returned. Half maps (autocast) are decoded in float32: exp and IoU need it,
+            and the maps are small beside the network.
         size: height and width of the images, pixels.
     """
     with torch.autocast(outputs[0].device.type, enabled=False):
-        preds = model.decode([at_least_float32(output) for output in outputs], size)
-        return criterion(preds, targets)
+        return criterion(model.decode(outputs, size), targets)
 
 
 class TrainStep(nn.Module):
@@ -119,9 +123,13 @@ def _choose(kind: str, known: Mapping, section: Mapping, facts: dict, where: obj
 
 
 def _check_needs(kind: str, name: str, chosen: type, heads: Iterable[nn.Module]) -> None:
-    """Every head must offer all that the chosen assigner or loss needs."""
+    """Every head must offer all that the chosen assigner or loss needs, and no loss may pass over a head."""
+    needs = getattr(chosen, "needs", ())
     for head in heads:
-        for need in getattr(chosen, "needs", ()):
+        if kind == "loss" and not head.demands.issubset(needs):
+            message = f"loss '{name}' does not teach [{head.section.type}]"
+            raise head.section.error(message, hint="a recipe with loss two_stage does")
+        for need in needs:
             if need not in head.offers:
                 message = f"{kind} '{name}' needs {need}, which [{head.section.type}] does not have"
                 raise head.section.error(message, hint=f"choose another {kind}, or another head")

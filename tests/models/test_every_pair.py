@@ -25,10 +25,10 @@ HEADS["fcos without objectness"] = HEADS["fcos"].replace("from=-5,-3,-1", "from=
 for kind in HEADS.keys() - {"yolo"}:
     HEADS[kind] += HEADS[kind].partition("[route]\nlayers=0")[0]
 REFUSED = {  # what an assigner or a loss needs and a head does not have
-    "yolo": set(),
-    "yolox": {"anchors", "[yolo] training keys"},
-    "fcos": {"anchors", "[yolo] training keys"},
-    "fcos without objectness": {"anchors", "objectness", "[yolo] training keys"},
+    "yolo": {"proposals"},
+    "yolox": {"anchors", "proposals", "[yolo] training keys"},
+    "fcos": {"anchors", "proposals", "[yolo] training keys"},
+    "fcos without objectness": {"anchors", "objectness", "proposals", "[yolo] training keys"},
 }
 
 

@@ -1,5 +1,8 @@
 """What chance does to a training picture: pure functions of a Sample and a numpy Generator.
 
+Boxes and outlines go through the matrix that the pixels went through. A box stays the hull of its own four corners
+where the picture turns, whether there is an outline or not: targets do not depend on what else was annotated.
+
 Every geometric change is a 3x3 matrix from the pixels of a source picture to the pixels of the sample, put together
 first and carried out once per picture, straight at the final size: no canvas of double size is made, cropped and
 resized again. Where nothing rotates, that one step is a crop and a resize, at a third of the cost of a warp.
@@ -14,7 +17,7 @@ import cv2
 import numpy as np
 
 from utils.datasets.letterbox import FILL, fit, resize
-from utils.structures import ImageInfo, Sample
+from utils.structures import ImageInfo, Outlines, Sample
 
 # an object that a crop or a warp leaves is kept where enough of it can be seen (the thresholds of YOLOv5)
 MIN_VISIBLE = 0.1  # of its area
@@ -101,6 +104,8 @@ def mixup(sample: Sample, other: Sample, rng) -> Sample:
     joined = {
         name: np.concatenate([getattr(sample, name), getattr(other, name)]) for name in ("boxes", "labels", "ignore")
     }
+    if sample.outlines is not None:
+        joined["outlines"] = Outlines.cat([sample.outlines, other.outlines])
     return sample.replace(image=image, **joined)
 
 
@@ -125,15 +130,25 @@ def hsv(sample: Sample, augment: Augment, rng) -> Sample:
 
 def flip(sample: Sample, augment: Augment, rng) -> Sample:
     """Mirrored left-right and upside down, each with its probability."""
-    image, boxes = sample.image, sample.boxes
-    height, width = image.shape[:2]
+    height, width = sample.image.shape[:2]
     if rng.random() < augment.fliplr:
-        image = cv2.flip(image, 1).reshape(image.shape)
-        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+        sample = _mirror(sample, 0, width)
     if rng.random() < augment.flipud:
-        image = cv2.flip(image, 0).reshape(image.shape)
-        boxes = np.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], axis=1)
-    return sample.replace(image=image, boxes=boxes)
+        sample = _mirror(sample, 1, height)
+    return sample
+
+
+def _mirror(sample: Sample, axis: int, side: int) -> Sample:
+    """Mirrored along x (``axis`` 0) or y (1), a picture of that side."""
+    image, boxes = cv2.flip(sample.image, 1 - axis).reshape(sample.image.shape), sample.boxes.copy()
+    boxes[:, [axis, axis + 2]] = side - sample.boxes[:, [axis + 2, axis]]
+
+    def turned(corners: np.ndarray) -> np.ndarray:
+        places = corners.copy()
+        places[:, axis] = side - corners[:, axis]
+        return places
+
+    return sample.replace(image=image, boxes=boxes, outlines=sample.outlines_after(turned))
 
 
 # ---------------------------------------------------------------------------------------------- matrices
@@ -178,15 +193,20 @@ def _is_upright(matrix: np.ndarray) -> bool:
 def _compose(samples: list[Sample], matrices: list[np.ndarray], size: tuple[int, int]) -> Sample:
     """Each picture painted through its matrix into one sample of ``size`` (H, W), and all their boxes with them."""
     canvas = np.full((*size, samples[0].image.shape[2]), FILL, dtype=np.uint8)
-    parts = []
+    parts, outlines = [], []
     for sample, matrix in zip(samples, matrices, strict=True):
         paint = _crop_resize if _is_upright(matrix) else _warp
-        boxes, kept = _move_boxes(sample.boxes, sample.ignore, paint(canvas, sample.image, matrix), size)
+        done = paint(canvas, sample.image, matrix)
+        boxes, kept = _move_boxes(sample.boxes, sample.ignore, done, size)
         parts.append((boxes[kept], sample.labels[kept], sample.ignore[kept]))
+        if sample.outlines is not None:
+            outlines.append(sample.outlines[kept])
+            outlines[-1] = outlines[-1].moved(_through(outlines[-1].corners.astype(np.float64), done)[0])
     boxes, labels, ignore = (np.concatenate(column) for column in zip(*parts, strict=True))
     first = samples[0].info
     info = ImageInfo(id=first.id, path=first.path, size=first.size)
-    return Sample(image=canvas, boxes=boxes, labels=labels, ignore=ignore, info=info)
+    joined = Outlines.cat(outlines) if outlines else None
+    return Sample(image=canvas, boxes=boxes, labels=labels, ignore=ignore, info=info, outlines=joined)
 
 
 def _crop_resize(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -242,9 +262,14 @@ def _warp(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarr
 
 def _project(boxes: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Corners [n, 4, 2] of boxes [n, 4] through a matrix, and their depth [n, 4] (1 without perspective)."""
-    corners = np.stack([boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]], np.ones((len(boxes), 4))], axis=2) @ matrix.T
-    depth = corners[..., 2]
-    return corners[..., :2] / np.where(depth > 1e-6, depth, 1e-6)[..., None], depth
+    return _through(np.stack([boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]]], axis=2), matrix)
+
+
+def _through(points: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points [..., 2] through a matrix, and their depth [...] (1 without perspective)."""
+    moved = np.concatenate([points, np.ones((*points.shape[:-1], 1))], axis=-1) @ matrix.T
+    depth = moved[..., 2]
+    return moved[..., :2] / np.where(depth > 1e-6, depth, 1e-6)[..., None], depth
 
 
 def _move_boxes(boxes, ignore, matrix, size) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from utils.datasets.cache import ImageCache
 from utils.datasets.images import read_image
 from utils.datasets.letterbox import letterbox
 from utils.datasets.loader import SAMPLE, Draw, generator
-from utils.structures import ImageInfo, Letterbox, Record, Sample
+from utils.structures import ImageInfo, Letterbox, Outlines, Record, Sample
 
 
 class DetectionDataset(Dataset):
@@ -54,6 +54,9 @@ class DetectionDataset(Dataset):
         self._boxes = np.concatenate([np.zeros((0, 4), np.float32), *(record.boxes for record in records)])
         self._labels = np.concatenate([np.zeros(0, np.int64), *(record.labels for record in records)])
         self._ignore = np.concatenate([np.zeros(0, bool), *(record.ignore for record in records)])
+        outlines = [record.outlines for record in records if record.outlines is not None]
+        assert len(outlines) in (0, len(records)), "outlines for all pictures or for none"
+        self._outlines = Outlines.cat(outlines) if outlines else None
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -71,11 +74,19 @@ class DetectionDataset(Dataset):
         """The picture as it is read, with its boxes in its pixels (a cached one may be smaller than the original)."""
         path, (height, width) = os.fsdecode(self._paths[index]), self.sizes[index].tolist()
         image = read_image(path, self.channels) if self.cache is None else self.cache[index]
-        rows = slice(self._starts[index], self._starts[index + 1])
+        start, stop = self._starts[index : index + 2].tolist()
+        rows = slice(start, stop)
         reduced = Letterbox(scale=(image.shape[1] / width, image.shape[0] / height))
         info = ImageInfo(id=index, path=path, size=(height, width), letterbox=reduced)
-        boxes = reduced.apply(self._boxes[rows])
-        return Sample(image=image, boxes=boxes, labels=self._labels[rows], ignore=self._ignore[rows], info=info)
+        sample = Sample(
+            image=image,
+            boxes=reduced.apply(self._boxes[rows]),
+            labels=self._labels[rows],
+            ignore=self._ignore[rows],
+            info=info,
+            outlines=None if self._outlines is None else self._outlines.between(start, stop),
+        )
+        return sample.replace(outlines=sample.outlines_after(reduced.apply))
 
     def _plain(self, draw: Draw) -> Sample:
         sample = self.load(draw.index)
@@ -83,7 +94,8 @@ class DetectionDataset(Dataset):
         reduced = sample.info.letterbox.scale
         whole = Letterbox(scale=(placed.scale[0] * reduced[0], placed.scale[1] * reduced[1]), pad=placed.pad)
         info = ImageInfo(id=draw.index, path=sample.info.path, size=sample.info.size, letterbox=whole)
-        return sample.replace(image=image, boxes=placed.apply(sample.boxes), info=info)
+        outlines = sample.outlines_after(placed.apply)
+        return sample.replace(image=image, boxes=placed.apply(sample.boxes), info=info, outlines=outlines)
 
     def _view(self, draw: Draw, index: int, rng) -> Sample:
         """One augmented sample before colour and mirroring: a mosaic around a picture, or the picture alone."""

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.errors import UserError
+from utils.outlines import fill_boxes
 from utils.structures import Batch, Sample, Targets
 
 ORDER, SIZES, SAMPLE = range(3)  # independent streams of chance under one seed
@@ -192,12 +193,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
     boxes, labels, ignore = (
         np.concatenate([getattr(sample, name) for sample in samples]) for name in ("boxes", "labels", "ignore")
     )
+    masks = None
+    if samples[0].outlines is not None:
+        filled = [fill_boxes(sample.outlines[~sample.ignore], sample.boxes[~sample.ignore]) for sample in samples]
+        masks = torch.from_numpy(np.concatenate(filled))
     targets = Targets.of(
         image=torch.from_numpy(number[~ignore]),
         labels=torch.from_numpy(labels[~ignore]),
         boxes=torch.from_numpy(boxes[~ignore]),
         ignore_image=torch.from_numpy(number[ignore]),
         ignore_boxes=torch.from_numpy(boxes[ignore]),
+        masks=masks,
     )
     return Batch(images=images, targets=targets, infos=tuple(sample.info for sample in samples))
 

@@ -24,6 +24,7 @@ Reader = Callable[[Source, Problems], Annotated]
 FORMATS: dict[str, Reader] = {"yolo": read_yolo, "darknet": read_yolo, "coco": read_coco, "voc": read_voc}
 __all__ = ["FORMATS", "DataSet", "Problem", "read_dataset", "read_names"]
 SINGLE_CLASS = ("object",)  # what is left of the names when all classes are made one
+WITH_OUTLINES = ("coco", "yolo", "darknet")
 SHOWN_PROBLEMS = 3  # of each kind, in the summary
 
 
@@ -73,22 +74,27 @@ class DataSet:
         return "\n".join(lines)
 
 
-def read_dataset(path: str | Path, split: str = "train", *, policy: str = "clip") -> DataSet:
+def read_dataset(path: str | Path, split: str = "train", *, policy: str = "clip", masks: bool = False) -> DataSet:
     """Read the annotations of one split, and the size of each of its pictures; no picture is decoded.
 
     Args:
         path: see ``formats/description.py``.
         split: ``train``, ``val`` or ``test`` (VOC: any list of ``ImageSets/Main``).
         policy: what happens to bad boxes: ``clip``, ``drop`` or ``fatal``, see ``formats/rows.py``.
+        masks: read the outlines of the objects, too; a row without one that can be used is a bad row.
 
     Raises:
-        UserError: the data set is wrong as a whole: no names, no pictures, class ids without a name.
+        UserError: the data set is wrong as a whole: no names, no pictures, class ids without a name, no outlines where
+            they are wanted.
         QuarantineError: every picture had to be set aside.
     """
     if policy not in POLICIES:
         raise UserError(f"policy '{policy}'", "no such policy", nearest(policy, POLICIES))
     problems = Problems(policy)
-    source = describe(Path(path).expanduser(), split, problems)
+    source = replace(describe(Path(path).expanduser(), split, problems), masks=masks)
+    if masks and source.format not in WITH_OUTLINES:
+        found = f"annotations of format '{source.format}' hold boxes only, a network with masks needs outlines"
+        raise UserError(source.where or path, found, "COCO json and YOLO labels can; or take a cfg without [mask]")
     names, records, num_unlabelled, category_ids = FORMATS[source.format](source, problems)
     if not records:
         count = sum(problem.action == QUARANTINED for problem in problems.entries)

@@ -23,13 +23,17 @@ class Splits(NamedTuple):
     val: list[Record]
 
 
-def read_splits(path: str | Path, *, single_cls: bool = False) -> Splits:
-    """Both splits; says what is in them and what is wrong with them. ``single_cls`` makes all classes one.
+def read_splits(path: str | Path, *, single_cls: bool = False, masks: bool = False) -> Splits:
+    """Both splits; says what is in them and what is wrong with them.
+
+    Args:
+        single_cls: all classes are one.
+        masks: with the outlines of the objects.
 
     Raises:
         UserError: as ``read_dataset``.
     """
-    splits = [read_dataset(path, split) for split in ("train", "val")]
+    splits = [read_dataset(path, split, masks=masks) for split in ("train", "val")]
     if is_main():
         print("\n".join(split.summary() for split in splits))
     if single_cls:

@@ -10,11 +10,12 @@ class) its c-th choice among the truths. Only pairs that overlap enough for the 
 Source: COCO API, ``cocoeval.py``; Lin et al. 2014, section "Evaluation metrics" of cocodataset.org.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from utils.metrics.flat import FlatDetections, FlatTruths, box_areas, overlapping_pairs, precision_at
+from utils.metrics.flat import FlatDetections, FlatTruths, overlapping_pairs, precision_at
 
 AREA_RANGES = {
     "all": (0.0, 1e10),
@@ -56,13 +57,15 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def evaluate_coco(found: FlatDetections, truths: FlatTruths, num_classes: int) -> CocoResult:
-    """Match and accumulate."""
+def evaluate_coco(
+    found: FlatDetections, truths: FlatTruths, num_classes: int, pairs: Callable = overlapping_pairs
+) -> CocoResult:
+    """Match and accumulate; ``pairs`` measures overlap: of boxes, or of masks (``MaskOverlaps.pairs``)."""
     found, rank = best_per_group(found, num_classes)
     lowest, highest = np.array(list(AREA_RANGES.values())).T[:, :, None]
-    inside = (box_areas(found.boxes) >= lowest) & (box_areas(found.boxes) <= highest)  # [A, N]
+    inside = (found.area >= lowest) & (found.area <= highest)  # [A, N]
     ignored = truths.ignore | (truths.area < lowest) | (truths.area > highest)  # [A, M]
-    contender, matched, right = match(found, truths, ignored, num_classes)
+    contender, matched, right = match(found, truths, ignored, num_classes, pairs)
     false = ~matched & inside[:, contender, None]
 
     num_truths = np.stack([np.bincount(truths.label[~row], minlength=num_classes) for row in ignored])
@@ -90,7 +93,7 @@ def best_per_group(found: FlatDetections, num_classes: int) -> tuple[FlatDetecti
 
 
 def match(
-    found: FlatDetections, truths: FlatTruths, ignored: np.ndarray, num_classes: int
+    found: FlatDetections, truths: FlatTruths, ignored: np.ndarray, num_classes: int, pairs: Callable
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Let the detections choose truths, best score first, for every area range and threshold.
 
@@ -100,6 +103,7 @@ def match(
     Args:
         found: sorted by picture, class and falling score.
         ignored: bool [A, M].
+        pairs: as ``overlapping_pairs``.
 
     Returns:
         contender [D]: rows of ``found`` that overlap a truth, ascending; matched bool [A, D, T]: to any truth; right
@@ -107,7 +111,7 @@ def match(
     """
     found_group = found.image * num_classes + found.label
     truth_group = truths.image * num_classes + truths.label
-    row, truth, overlap = overlapping_pairs(found, truths, found_group, truth_group, IOU_THRESHOLDS[0])
+    row, truth, overlap = pairs(found, truths, found_group, truth_group, IOU_THRESHOLDS[0])
     order = np.lexsort((-truth, -overlap, row))
     row, truth, overlap = row[order], truth[order], overlap[order]
     contender, first, who = np.unique(row, return_index=True, return_inverse=True)

@@ -32,6 +32,8 @@ class Evaluation:
     num_invalid: int  # detections dropped because a box or score was no number
     ranked: RankedResult | None = None  # the VOC or Darknet protocol, if asked for
     protocol: str = "coco"
+    segm: dict[str, float] | None = None  # the same twelve numbers of the masks, where there are some
+    segm_ap: np.ndarray | None = None  # float64 [T, C]
     speed: dict[str, float] = field(default_factory=dict)  # milliseconds per picture
 
     @property
@@ -51,6 +53,9 @@ class Evaluation:
             "mAP50-95": self.map,
         }
         out |= {name: value for name, value in self.coco.items() if name not in ("AP", "AP50")}
+        if self.segm:
+            out |= {"mask-mAP50": self.segm["AP50"], "mask-mAP50-95": self.segm["AP"]}
+            out |= {f"mask-{name}": value for name, value in self.segm.items() if name not in ("AP", "AP50")}
         if self.ranked:
             out[f"{self.protocol}-mAP50"] = self.ranked.mean
         return {f"metrics/{name}": value for name, value in out.items()}
@@ -60,6 +65,10 @@ class Evaluation:
         head = ["Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95"]
         values = [self.precision, self.recall, self.ap[0], self.ap.mean(axis=0)]
         means = [_mean(self.precision), _mean(self.recall), self.map50, self.map]
+        if self.segm:
+            head += ["mask50", "mask50-95"]
+            values += [self.segm_ap[0], self.segm_ap.mean(axis=0)]
+            means += [self.segm["AP50"], self.segm["AP"]]
         if self.ranked:
             head.append(self.protocol)
             values.append(self.ranked.ap)

@@ -20,6 +20,8 @@ class FlatDetections:
     label: np.ndarray  # int64 [N]
     score: np.ndarray  # float [N]
     boxes: np.ndarray  # float64 [N, 4] xyxy, original pixels
+    area: np.ndarray  # float64 [N], of the box, or of the mask where masks are measured
+    row: np.ndarray  # int64 [N], place before any was dropped or moved
 
     def __len__(self) -> int:
         return len(self.score)
@@ -46,19 +48,19 @@ class FlatTruths:
 def flatten(collected: list[tuple[Detections, Record]]) -> tuple[FlatDetections, FlatTruths, int]:
     """Per-picture results -> flat arrays, and how many detections were dropped as no numbers.
 
-    Pictures are put in the order of their id (of their path where a data set has none): the order in which they were
-    seen must not decide between equal scores. A detection with a non-finite box or score or with swapped corners is
-    dropped: such a box compares false with everything, which pycocotools takes for a perfect match.
+    Pictures are put in the order of ``picture_order``. A detection with a non-finite box or score or with swapped
+    corners is dropped: such a box compares false with everything, which pycocotools takes for a perfect match.
     """
-    by_id = all(isinstance(record.image_id, int) for _, record in collected)
-    collected = sorted(collected, key=lambda pair: pair[1].image_id if by_id else pair[1].path)
-    detections, records = [pair[0] for pair in collected], [pair[1] for pair in collected]
-
+    order = picture_order([record for _, record in collected])
+    detections, records = [collected[i][0] for i in order], [collected[i][1] for i in order]
+    boxes = _join([d.boxes.double().numpy() for d in detections], (0, 4), np.float64)
     found = FlatDetections(
         image=np.repeat(np.arange(len(detections)), [len(d) for d in detections]),
         label=_join([d.labels.numpy() for d in detections], (0,), np.int64),
         score=_join([d.scores.double().numpy() for d in detections], (0,), np.float64),
-        boxes=_join([d.boxes.double().numpy() for d in detections], (0, 4), np.float64),
+        boxes=boxes,
+        area=box_areas(boxes),
+        row=np.arange(len(boxes)),
     )
     valid = np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.score)
     valid &= (found.boxes[:, 2:] >= found.boxes[:, :2]).all(axis=1)
@@ -71,6 +73,15 @@ def flatten(collected: list[tuple[Detections, Record]]) -> tuple[FlatDetections,
         crowd=_join([r.crowd for r in records], (0,), bool),
     )
     return found[valid], truths, int((~valid).sum())
+
+
+def picture_order(records: list[Record]) -> list[int]:
+    """Places of the records by their id (by their path where a data set has none).
+
+    The order in which pictures were seen must not decide between equal scores.
+    """
+    by_id = all(isinstance(record.image_id, int) for record in records)
+    return sorted(range(len(records)), key=lambda i: records[i].image_id if by_id else records[i].path)
 
 
 def _join(parts: list[np.ndarray], empty: tuple[int, ...], dtype) -> np.ndarray:

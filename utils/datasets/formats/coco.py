@@ -2,7 +2,7 @@
 
 Labels are the positions of the category ids in sorted order (or of their names in the data yaml): COCO's own ids run
 from 1 to 90 with gaps. A box is taken as published, however small, and repeated ones stay, because evaluation counts
-them all; only what has no width or height is dropped.
+them all; only what has no width or height is dropped, and, where masks are wanted, what has none that can be used.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from utils.datasets.formats.pictures import Source, find_pictures, probe_pictures
 from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problems, Row, make_record
+from utils.datasets.formats.segmentation import outline_rows
 from utils.errors import UserError
 
 
@@ -18,13 +19,19 @@ def read_coco(source: Source, problems: Problems) -> Annotated:
     """Class names, records in the order of the file (or of the pictures the yaml names), the ids of the categories.
 
     Raises:
-        UserError: not a COCO file, no picture of it found, an annotation whose category has no name.
+        UserError: not a COCO file, no picture of it found, an annotation whose category has no name, masks wanted of a
+            file without any.
     """
     assert source.annotations is not None
     path = source.annotations
     data = _load(path)
     names, labels = _labels(data["categories"], source)
     images = _by_id(data["images"], path, problems)
+    if source.masks and not any(annotation.get("segmentation") for annotation in data["annotations"]):
+        found = f"none of its {len(data['annotations'])} annotations has a 'segmentation'"
+        raise UserError(
+            path, f"{found}, which a network with masks learns from", "annotate polygons, or train boxes only"
+        )
     pictures = _locate(images, source, problems)
     rows, num_bad = _rows(data["annotations"], images, labels, path, problems)
     sizes = probe_pictures(list(pictures.values()), problems)
@@ -38,9 +45,20 @@ def read_coco(source: Source, problems: Problems) -> Annotated:
             found = f"annotated {stated[1]} x {stated[0]}, found {size[1]} x {size[0]}"
             problems.add(picture, None, "picture has another size than its annotation says", found, QUARANTINED)
             continue
-        bad, where = num_bad[image_id], f"{path} image {image_id}"
+        mine, bad, where = rows[image_id], num_bad[image_id], f"{path} image {image_id}"
+        if source.masks:
+            mine, num_shapeless = outline_rows(mine, size, where, problems)
+            bad += num_shapeless
         record = make_record(
-            picture, size, rows[image_id], num_bad=bad, source=where, problems=problems, min_area=0.0, image_id=image_id
+            picture,
+            size,
+            mine,
+            num_bad=bad,
+            source=where,
+            problems=problems,
+            min_area=0.0,
+            image_id=image_id,
+            masks=source.masks,
         )
         if record is not None:
             records.append(record)
@@ -158,7 +176,8 @@ def _rows(annotations: list[dict], images: dict, labels: dict[int, int], path: P
         x, y, w, h = map(float, annotation["bbox"])
         crowd, area = annotation.get("iscrowd") == 1, annotation.get("area")
         area = float(area) if _is_finite(area) else None
-        rows[image_id].append(Row(labels[category], (x, y, x + w, y + h), None, crowd, crowd, area))
+        box, shape = (x, y, x + w, y + h), annotation.get("segmentation")
+        rows[image_id].append(Row(labels[category], box, None, crowd, crowd, area, shape))
     return rows, num_bad
 
 

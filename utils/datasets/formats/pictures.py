@@ -28,6 +28,7 @@ class Source:
     bases: tuple[Path, ...] = ()  # where relative entries may start, best first
     names: tuple[str, ...] | None = None  # class names, where they are given
     annotations: Path | None = None  # COCO: the json; VOC: the folder with Annotations/ and JPEGImages/
+    masks: bool = False  # whether outlines are wanted, too
 
 
 def find(text: str, bases: Iterable[Path], where: str, what: str) -> Path:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.structures import Record
+from utils.structures import Outlines, Record
 
 POLICIES = ("clip", "drop", "fatal")
 CLIPPED, DROPPED, QUARANTINED, KEPT = "clipped", "row dropped", "picture quarantined", "kept"
@@ -39,6 +39,8 @@ class Row(NamedTuple):
     ignore: bool = False
     crowd: bool = False
     area: float | None = None  # the annotated (mask) area, if it is known
+    segmentation: object = None  # as COCO writes it
+    rings: tuple[np.ndarray, ...] = ()  # of its outline, [k, 2] each, where masks were asked for
 
 
 class Problem(NamedTuple):
@@ -91,6 +93,7 @@ def make_record(
     problems: Problems,
     min_area: float = 1.0,
     image_id: int | str | None = None,
+    masks: bool = False,
 ) -> Record | None:
     """A record of the rows that can be used; None where the picture is quarantined.
 
@@ -103,6 +106,7 @@ def make_record(
         problems: where to count, and by which policy.
         min_area: least area of a usable box, square pixels; 0 takes anything with a width and a height.
         image_id: the data set's own id.
+        masks: keep the outlines of the rows.
     """
     if len(rows) > MAX_ROWS:
         problems.add(source, None, f"more than {MAX_ROWS} boxes in one picture", len(rows), QUARANTINED)
@@ -123,6 +127,7 @@ def make_record(
         crowd=np.array([row.crowd for row in fitted], bool),
         area=np.array(area, np.float32),
         image_id=image_id,
+        outlines=Outlines.of([row.rings for row in fitted]) if masks else None,
     )
 
 

@@ -1,8 +1,8 @@
 """YOLO labels: one text file per picture, ``class x y w h`` a line, relative to the picture; Darknet's as well.
 
 Where Darknet stops at the first line it cannot parse, and others drop the picture, here one row is dropped and
-counted. A row of an odd number of at least 7 columns is a polygon ``class x1 y1 x2 y2 ...`` and gives its bounding box;
-in a file that also holds boxes, 7 columns are a box with two values too many.
+counted. A row of an odd number of at least 7 columns is a polygon ``class x1 y1 x2 y2 ...`` and gives its bounding box,
+and its outline where masks are wanted; in a file that also holds boxes, 7 columns are a box with two values too many.
 """
 
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from utils.datasets.formats.pictures import Source, find, find_pictures, probe_pictures
 from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problems, Row, drop_duplicates, make_record
+from utils.datasets.formats.segmentation import outline_rows
 from utils.errors import UserError
 from utils.structures import Record
 
@@ -28,12 +29,13 @@ def read_yolo(source: Source, problems: Problems) -> Annotated:
     """Class names, records, and how many pictures had no label file (backgrounds, like those with an empty one).
 
     Raises:
-        UserError: no pictures, not one label file, a class id that has no name, pixels where relative numbers belong.
+        UserError: no pictures, not one label file, a class id that has no name, pixels where relative numbers belong,
+            no polygon where masks are wanted.
     """
     assert source.names is not None
     pictures = find_pictures(source, problems)
     sizes = probe_pictures(pictures, problems)
-    reader = LabelReader(source.names, problems)
+    reader = LabelReader(source.names, problems, masks=source.masks)
     records, missing = [], []
     for picture, size in sizes.items():
         label = find_label(picture)
@@ -68,15 +70,15 @@ def find_label(picture: Path) -> Path | None:
 class LabelReader:
     """Reads label files and remembers what only the whole set can show."""
 
-    def __init__(self, names: tuple[str, ...], problems: Problems):
-        self.names, self.problems = names, problems
-        self.num_rows = self.num_pixel_rows = 0
+    def __init__(self, names: tuple[str, ...], problems: Problems, *, masks: bool = False):
+        self.names, self.problems, self.masks = names, problems, masks
+        self.num_rows = self.num_pixel_rows = self.num_polygons = 0
         self.ids: set[int] = set()
-        self.first_pixels = self.first_nameless = ""  # file:line
+        self.first_pixels = self.first_nameless = self.first_row = ""  # file:line
 
     def record(self, picture: Path, size: tuple[int, int], label: Path | None) -> Record | None:
         if label is None:
-            return make_record(picture, size, [], num_bad=0, source=picture, problems=self.problems)
+            return make_record(picture, size, [], num_bad=0, source=picture, problems=self.problems, masks=self.masks)
         try:
             text = _decode(label.read_bytes())
         except (OSError, ValueError) as error:
@@ -84,7 +86,10 @@ class LabelReader:
             return None
         rows, num_bad = self.rows(text, size, label)
         rows = drop_duplicates(rows, label, self.problems)
-        return make_record(picture, size, rows, num_bad=num_bad, source=label, problems=self.problems)
+        if self.masks:
+            rows, num_shapeless = outline_rows(rows, size, label, self.problems)
+            num_bad += num_shapeless
+        return make_record(picture, size, rows, num_bad=num_bad, source=label, problems=self.problems, masks=self.masks)
 
     def rows(self, text: str, size: tuple[int, int], path: Path) -> tuple[list[Row], int]:
         """The rows that are boxes or polygons, in pixels, and the number of those that are neither."""
@@ -121,6 +126,7 @@ class LabelReader:
     def to_pixels(self, values: list[float], number: int, size: tuple[int, int], path: Path) -> Row:
         height, width = size
         self.num_rows += 1
+        self.first_row = self.first_row or f"{path}:{number}"
         if max(values[1:]) > LOOKS_LIKE_PIXELS:
             self.num_pixel_rows += 1
             self.first_pixels = self.first_pixels or f"{path}:{number}"
@@ -130,10 +136,15 @@ class LabelReader:
         else:
             xs, ys = values[1::2], values[2::2]
             box = (min(xs) * width, min(ys) * height, max(xs) * width, max(ys) * height)
-        return Row(int(values[0]), box, number)
+            self.num_polygons += 1
+        row = Row(int(values[0]), box, number)
+        if not self.masks or len(values) == BOX_COLUMNS:
+            return row
+        corners = zip(values[1::2], values[2::2])
+        return row._replace(segmentation=[[edge for x, y in corners for edge in (x * width, y * height)]])
 
     def refuse(self) -> None:
-        """Raise what makes the whole set wrong: class ids without a name, pixels in the place of relative numbers."""
+        """Raise what makes the whole set wrong: ids without a name, pixels for relative numbers, boxes for polygons."""
         num = len(self.names)
         if self.first_nameless:
             shifted = 0 not in self.ids and max(self.ids) == num
@@ -145,6 +156,9 @@ class LabelReader:
         if self.num_pixel_rows * 2 > self.num_rows:
             share = f"{self.num_pixel_rows} of {self.num_rows} rows have numbers far above 1: labels look like pixels"
             raise UserError(self.first_pixels, share, "divide x and w by the picture's width, y and h by its height")
+        if self.masks and self.num_rows and not self.num_polygons:
+            found = f"none of {self.num_rows} rows is a polygon, a network with masks needs them"
+            raise UserError(self.first_row, found, "write 'class x1 y1 x2 y2 ...', or take a cfg without [mask]")
 
 
 def _decode(data: bytes) -> str:
