@@ -210,7 +210,8 @@ def overlap_of(model, batch) -> float:
     return paired_iou(preds.boxes[batch.targets.image], batch.targets.boxes[:, None]).amax(1).mean().item()
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+# two-stage needs proposals: tests/test_stages.py trains with it
+@pytest.mark.parametrize("name", sorted({path.stem for path in RECIPES.glob("*.yaml")} - {"two-stage"}))
 def test_every_recipe_teaches_a_head_with_anchors(name):
     """With its own rates and gains, in a hundred small steps, boxes come to fit their objects better."""
     recipe, step, batch = read_recipe(name), tiny_step(), tiny_batch(range(8))
