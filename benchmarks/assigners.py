@@ -1,7 +1,7 @@
 """Every assigner on one network: same data, same budget, same optimiser and augmentation, several seeds.
 
 python -m benchmarks.assigners                                  # the default data set
-python -m benchmarks.assigners --data data/bccd.yaml --epochs 40
+python -m benchmarks.assigners --data data/bccd.yaml --epochs 10
 python -m benchmarks.assigners --quick                          # does it run? seconds, numbers mean nothing
 
 Each assigner has the loss of its own recipe; optimiser and augmentation are those of cfg/hyp/matchbox.yaml for all.

@@ -41,7 +41,7 @@ def parse_args(argv, *, name: str, description: str) -> argparse.Namespace:
         prog=f"benchmarks.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default=str(ROOT / "data/shapes.yaml"), help="data.yaml, .data, COCO .json or folder")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="", help="cpu, 0, ... (default: the first GPU, else the CPU)")
     parser.add_argument("--journal", default=str(ROOT / f"runs/bench/{name}.jsonl"), help="where results are kept")
