@@ -299,11 +299,11 @@ def test_nano_learns():
     step = TrainStep(Darknet(cfg), Criterion(SimOTA(), YoloxLoss(num_classes=3)))
     images, targets = torch.rand(2, 3, 96, 128), make_targets(OBJECTS)
     optimizer, losses = torch.optim.Adam(step.parameters(), lr=2e-3), []
-    for _ in range(15):
+    for _ in range(30):
         loss = sum(step(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert max(losses[-3:]) < 0.9 * losses[0]
     assert all(p.grad is not None for p in step.parameters())
