@@ -1,5 +1,6 @@
 """What benchmarks leave behind: results kept as they come, aligned tables, and dated sections of README.md."""
 
+import csv
 import json
 import platform
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "benchmarks/README.md"
+RECORD = ROOT / "benchmarks/record.csv"
 
 
 class Journal:
@@ -80,3 +82,14 @@ def record(title: str, command: str, text: str, device: torch.device) -> None:
     head = f"### {title}, {date.today()}\n\n`{command}`; commit {commit()}; {machine(device)}"
     with README.open("a", encoding="utf-8") as file:
         file.write(f"\n{head}\n\n```\n{text}\n```\n")
+
+
+def record_row(benchmark: str, what: str, ratios: Sequence[float], goal: float, device: torch.device) -> None:
+    """Append one dated line to benchmarks/record.csv: what was compared, median, least and greatest ratio, the goal."""
+    new = not RECORD.is_file()
+    with RECORD.open("a", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        if new:
+            rows.writerow(("date", "commit", "benchmark", "what", "median", "least", "greatest", "goal", "machine"))
+        numbers = [f"{value:.3f}" for value in (median(ratios), min(ratios), max(ratios))]
+        rows.writerow((date.today(), commit(), benchmark, what, *numbers, f"{goal:g}", machine(device)))
