@@ -1,6 +1,6 @@
 """Contenders in turn: every round runs each of them once, so that noise of the machine meets all alike.
 
-Ratios are taken within a round and reported as median, least and greatest: they travel between machines, seconds do not.
+Ratios are taken within a round, reported as median, least and greatest: they travel between machines, seconds do not.
 """
 
 import time
