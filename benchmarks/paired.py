@@ -3,10 +3,12 @@
 Ratios are taken within a round, reported as median, least and greatest: they travel between machines, seconds do not.
 """
 
+import importlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from types import ModuleType
 
 from benchmarks.journal import record_row, table
 
@@ -58,6 +60,15 @@ def take_turns(
             run()
             seconds[name].append((clock() - start) / units)
     return Rounds(seconds)
+
+
+def peer(module: str, package: str) -> ModuleType | None:
+    """A module of a peer, or None and a line that says how to get it: peers are no dependency of ours."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        print(f"{package}: not installed, {error} (pip install {package})")
+        return None
 
 
 def verdict(benchmark: str, ours: str, base: str, rounds: Rounds, goal: float, device) -> str:
