@@ -1,11 +1,12 @@
 # make demo   train, evaluate and detect on the built-in data set
 # make test   lint and the whole test suite (what CI runs)
+# make test-long, make fuzz, make fault-table   the slow tier: docs/reliability.md
 # make bench  tables of benchmarks/README.md (under an hour on two cores)
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test bench lint format setup clean
+.PHONY: demo test test-long fuzz fault-table bench lint format setup clean
 
 demo: $(VENV)/.installed
 	$(PY) train.py --project runs/demo --name train --exist-ok --cache
@@ -18,6 +19,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	$(PY) -m pytest -q $(TESTS)
+
+test-long: $(VENV)/.installed-dev  ## everything, the long tests too (under an hour)
+	$(PY) -m pytest -q -m "slow or not slow" $(TESTS)
+
+fuzz: $(VENV)/.installed-dev  ## a million inputs per parser
+	MATCHBOX_FUZZ=1000000 $(PY) -m pytest -q tests/faults/test_fuzz.py
+
+fault-table: $(VENV)/.installed-dev  ## docs/fault-table.md from a run of the fault catalogue, long tests included
+	$(PY) -m pytest -q -m "slow or not slow" tests/faults --fault-table docs/fault-table.md
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

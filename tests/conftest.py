@@ -17,6 +17,7 @@ FOLDERS = ("--golden", "--data-dir")
 def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=ROOT.parent / "shared" / "golden", help="folder of golden cases")
     parser.addoption("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="folder of real data")
+    parser.addoption("--fault-table", type=Path, help="write what tests/faults saw to this file (make fault-table)")
 
 
 def pytest_configure(config):

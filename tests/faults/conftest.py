@@ -1,0 +1,79 @@
+"""The fault catalogue and its table.
+
+``catalogue.csv`` lists every fault: row, what is wrong, what must happen. A test answers for a row by carrying its number
+in its id (``[C7-filters]``) or name (``test_t9_...``). ``seen("...")`` notes what it saw.
+``make fault-table`` runs all and writes ``docs/fault-table.md``; a row without a test stands in ``not_tested.csv`` with
+the reason.
+"""
+
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROW = re.compile(r"(?<![A-Za-z0-9])[CWDILTEVXPS]\d{1,2}(?!\d)")
+NAME = re.compile(r"(?<=_)[cwdiltevxps]\d{1,2}(?=_|$)")
+
+
+def rows_of(nodeid: str) -> list[str]:
+    """Rows that a test answers for: ``test_cfg.py::test_refused[C7-filters]`` -> ``["C7"]``."""
+    _, _, test = nodeid.partition("::")
+    name, _, parameters = test.partition("[")
+    return [*(row.upper() for row in NAME.findall(name)), *ROW.findall(parameters)]
+
+
+def read_rows(name: str) -> dict[str, dict[str, str]]:
+    with (HERE / name).open(encoding="utf-8", newline="") as file:
+        return {row["row"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def seen(record_property):
+    """``seen(text)``: what the code did, for the table."""
+    return lambda text: record_property("seen", str(text))
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    path = config.getoption("--fault-table")
+    if path is None:
+        return
+    outcomes, notes = defaultdict(list), defaultdict(list)
+    for outcome in ("passed", "failed", "skipped", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for row in rows_of(report.nodeid):
+                if outcome != "passed" or report.when == "call":
+                    outcomes[row].append(outcome)
+                notes[row] += [text for key, text in report.user_properties if key == "seen"]
+    path.write_text(table(outcomes, notes), encoding="utf-8")
+    terminalreporter.write_line(f"fault table: {path}")
+
+
+def table(outcomes: dict[str, list[str]], notes: dict[str, list[str]]) -> str:
+    """The page: a line per row of the catalogue."""
+    missing = read_rows("not_tested.csv")
+    lines, met = [], 0
+    for number, row in read_rows("catalogue.csv").items():
+        results = outcomes.get(number, [])
+        good = bool(results) and set(results) <= {"passed"}
+        if number in missing:
+            seen = f"{'in part; ' if good else ''}not tested: {missing[number]['reason']}"
+        else:
+            seen = "; ".join(dict.fromkeys(notes.get(number, []))) or ("as required" if good else "no test")
+        met += good and number not in missing
+        verdict = "ok" if good else ("failed" if {"failed", "error"} & set(results) else "-")
+        cells = (number, row["fault"], row["required"], _clip(seen), str(len(results)), verdict)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    head = (
+        "# The fault table\n\n"
+        f"Written by `make fault-table` from a run of `tests/faults`: {met} of {len(lines)} rows as required. "
+        "What the words mean: `docs/reliability.md`.\n\n"
+        "| row | fault | required | seen | cases | |\n| --- | --- | --- | --- | --- | --- |\n"
+    )
+    return head + "\n".join(lines) + "\n"
+
+
+def _clip(text: str, length: int = 240) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
