@@ -1,6 +1,6 @@
 """The fault catalogue and its table.
 
-``catalogue.csv`` lists every fault: row, what is wrong, what must happen. A test answers for a row by carrying its number
+``catalogue.csv`` lists every fault: row, what is wrong, what must happen. A test answers for a row by its number
 in its id (``[C7-filters]``) or name (``test_t9_...``). ``seen("...")`` notes what it saw.
 ``make fault-table`` runs all and writes ``docs/fault-table.md``; a row without a test stands in ``not_tested.csv`` with
 the reason.
