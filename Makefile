@@ -24,7 +24,7 @@ test-long: $(VENV)/.installed-dev  ## everything, the long tests too (under an h
 	$(PY) -m pytest -q -m "slow or not slow" $(TESTS)
 
 fuzz: $(VENV)/.installed-dev  ## a million inputs per parser
-	MATCHBOX_FUZZ=1000000 $(PY) -m pytest -q tests/faults/test_fuzz.py
+	MATCHBOX_FUZZ=1000000 $(PY) -m pytest -q tests/faults/test_fuzz_*.py
 
 fault-table: $(VENV)/.installed-dev  ## docs/fault-table.md from a run of the fault catalogue, long tests included
 	$(PY) -m pytest -q -m "slow or not slow" tests/faults --fault-table docs/fault-table.md
