@@ -6,23 +6,28 @@ Rules, the same for training, evaluation and detection (H height, W width, C cha
 * Grey is repeated to three channels, a palette is looked up, alpha is dropped (not blended), OpenCV converts CMYK.
 * 16 bits become 8 by ``>> 8``; float and 32-bit pictures are refused: their range is not defined.
 * Of an animation or a multi-page file the first picture counts.
-* More pixels than ``MAX_PIXELS`` are refused from the header, before any memory is taken for them.
-* A JPEG without its end marker is refused: a decoder would fill the missing part with grey and say nothing. Bytes
-  flipped inside the picture cannot be noticed.
+* More pixels than ``Limits.max_pixels`` are refused from the header, before any memory is taken for them.
+* A JPEG without its end marker is refused: a decoder would fill the missing part with grey and say nothing
+  (``Limits.allow_truncated`` takes it so). Bytes flipped inside the picture cannot be noticed.
+* A read error that may pass (a disk or a network file system in trouble) is tried again, three times.
 """
 
+import errno
 import io
 import os
 import stat
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.Image import DecompressionBombError
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
@@ -31,7 +36,12 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from utils.errors import UserError
 
-MAX_PIXELS = 50_000_000
+T = TypeVar("T")
+
+BYTES_PER_PIXEL = 8  # of the largest pixel type that is read, RGBA of 16 bits; a larger file is not a picture alone
+FREE_BYTES = 1 << 24  # what a file may hold beside its pixels
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}  # read errors that may be over in a moment
+PAUSES = (0.1, 0.4, 1.6)  # seconds before each further try
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm")
 )
@@ -74,6 +84,16 @@ class ImageError(UserError):
     """A picture that cannot be used. Its text names the file."""
 
 
+class Limits(NamedTuple):
+    """Which pictures are taken at all; the same for everything that reads them."""
+
+    max_pixels: int = 50_000_000
+    allow_truncated: bool = False  # JPEGs without their end, whose missing part a decoder fills with grey
+
+
+LIMITS = Limits()
+
+
 class Header(NamedTuple):
     """What the first bytes of an image file say."""
 
@@ -88,49 +108,55 @@ class Header(NamedTuple):
         return self.size[::-1] if TURNS.get(self.orientation, (False,))[0] else self.size
 
 
-def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str, tuple[int, int]]:
-    """Format and upright (H, W) of a picture, from its header and its last bytes; nothing is decoded.
+def inspect(path: str | Path, limits: Limits = LIMITS) -> tuple[Header, bool]:
+    """A picture's header, and whether more pictures follow the first; nothing is decoded.
 
     Raises:
         ImageError: no regular file, no picture, too large, of an undefined pixel type, or cut off.
     """
-    with _open(path) as file:
-        header = _read_header(file, path, max_pixels)
+
+    def look(file: BinaryIO) -> tuple[Header, bool]:
+        header, image = _read_header(file, path, limits)
+        animated = _is_animated(image)
         mark = END_MARKS.get(header.format)
         if mark is not None:
             file.seek(-len(mark), os.SEEK_END)
             if file.read() != mark:  # cut off, or with bytes after the end: only the whole file tells
                 file.seek(0)
-                _refuse_incomplete(file.read(), header.format, path)
+                _refuse_incomplete(file.read(), header.format, path, limits)
+        return header, animated
+
+    return _with_file(path, look, limits)
+
+
+def probe(path: str | Path, limits: Limits = LIMITS) -> tuple[str, tuple[int, int]]:
+    """Format and upright (H, W) of a picture. Raises as ``inspect``."""
+    header, _ = inspect(path, limits)
     return header.format, header.upright
 
 
-def read_image(path: str | Path, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(path: str | Path, channels: int = 3, *, limits: Limits = LIMITS) -> np.ndarray:
     """The upright picture in a file.
 
     Args:
         path: any path the operating system takes, non-ASCII ones included.
         channels: 3 for RGB, 1 for grey.
-        max_pixels: refuse more than these before decoding.
+        limits: what is refused before decoding.
 
     Returns:
         uint8 [H, W, C], C-contiguous.
 
     Raises:
-        ImageError: as ``probe``, or the decoder gives up.
+        ImageError: as ``inspect``, or the decoder gives up.
     """
-    with _open(path) as file:
-        data = file.read()
-    return decode_image(data, channels, where=path, max_pixels=max_pixels)
+    return decode_image(_with_file(path, lambda file: file.read(), limits), channels, where=path, limits=limits)
 
 
-def decode_image(
-    data: bytes, channels: int = 3, *, where: object = "<bytes>", max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def decode_image(data: bytes, channels: int = 3, *, where: object = "<bytes>", limits: Limits = LIMITS) -> np.ndarray:
     """As ``read_image``, from the bytes of a file; ``where`` is what errors name."""
     assert channels in (1, 3), channels
-    header = _read_header(io.BytesIO(data), where, max_pixels)
-    _refuse_incomplete(data, header.format, where)
+    header, _ = _read_header(io.BytesIO(data), where, limits)
+    _refuse_incomplete(data, header.format, where, limits)
     if header.format == "GIF":  # OpenCV reads GIF only since 4.11
         return _orient(_decode_gif(data, channels, where), header.orientation)
     flag = cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE
@@ -150,20 +176,34 @@ def decode_image(
     return _orient(pixels.reshape(*pixels.shape[:2], channels), 1 if header.format == "TIFF" else header.orientation)
 
 
-def _open(path: str | Path) -> BinaryIO:
+def _with_file(path: str | Path, look: Callable[[BinaryIO], T], limits: Limits) -> T:
+    """``look`` at an open file, again after a pause where reading fails in a way that may pass."""
+    for pause in (*PAUSES, None):
+        try:
+            with _open(path, limits) as file:
+                return look(file)
+        except OSError as error:
+            if pause is None or error.errno not in PASSING:
+                raise ImageError(path, error.strerror or str(error)) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _open(path: str | Path, limits: Limits) -> BinaryIO:
     """Open a regular file; a pipe or a device would block or never end."""
     try:
-        mode = Path(path).stat().st_mode
-        if not stat.S_ISREG(mode):
-            raise ImageError(path, "not a regular file", "expected a picture" if stat.S_ISDIR(mode) else "")
-        return Path(path).open("rb")
-    except OSError as error:
-        raise ImageError(path, error.strerror or str(error)) from error
+        state = Path(path).stat()
     except ValueError as error:  # a NUL in the name
         raise ImageError(repr(path), str(error)) from error
+    if not stat.S_ISREG(state.st_mode):
+        raise ImageError(path, "not a regular file", "expected a picture" if stat.S_ISDIR(state.st_mode) else "")
+    most = FREE_BYTES + BYTES_PER_PIXEL * limits.max_pixels
+    if state.st_size > most:
+        raise ImageError(path, f"too large: {state.st_size} bytes, a picture within the limits has at most {most}")
+    return Path(path).open("rb")
 
 
-def _read_header(file: BinaryIO, where: object, max_pixels: int) -> Header:
+def _read_header(file: BinaryIO, where: object, limits: Limits) -> tuple[Header, ImageFile]:
     start = file.read(512)
     format = next((name for magic, name in MAGIC if start.startswith(magic)), None)
     if format is None:
@@ -172,6 +212,8 @@ def _read_header(file: BinaryIO, where: object, max_pixels: int) -> Header:
     try:
         image = READERS[format](file)
     except HEADER_ERRORS as error:
+        if getattr(error, "errno", None) in PASSING:  # not the picture's fault
+            raise
         raise ImageError(where, f"damaged header of a {format}: {error}") from error
     if format == "TIFF":  # Pillow's size is the upright one in some of its versions
         tags = image.tag_v2
@@ -181,11 +223,20 @@ def _read_header(file: BinaryIO, where: object, max_pixels: int) -> Header:
         orientation = _exif_orientation(image.info.get("exif", b""))
     if width < 1 or height < 1:
         raise ImageError(where, f"no pixels: {width} x {height}")
-    if width * height > max_pixels:
-        raise ImageError(where, f"too large: {width} x {height} pixels, the limit is {max_pixels}", "scale it down")
+    if width * height > limits.max_pixels:
+        found = f"too large: {width} x {height} pixels, the limit is {limits.max_pixels}"
+        raise ImageError(where, found, "scale it down, or raise --max-pixels")
     if image.mode in UNDEFINED_MODES:
         raise ImageError(where, f"{UNDEFINED_MODES[image.mode]} pixels, expected 8 or 16 bits", "save it as 8-bit")
-    return Header(format, image.mode, (height, width), orientation)
+    return Header(format, image.mode, (height, width), orientation), image
+
+
+def _is_animated(image: ImageFile) -> bool:
+    """Does a second picture follow? Where the file is damaged there, the first one may still be good."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except (*HEADER_ERRORS, EOFError, KeyError, IndexError):
+        return False
 
 
 def _describe(start: bytes) -> str:
@@ -217,10 +268,13 @@ def _exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def _refuse_incomplete(data: bytes, format: str, where: object) -> None:
+def _refuse_incomplete(data: bytes, format: str, where: object, limits: Limits) -> None:
     """Raise where a JPEG or PNG has lost its end. Bytes after the end are legal and ignored."""
+    if limits.allow_truncated and format == "JPEG":  # a PNG without its end would cost its decoder gigabytes
+        return
     if format in COMPLETE and not COMPLETE[format](data):
-        raise ImageError(where, f"cut off or damaged: a {format} of {len(data)} bytes without its end", "copy it again")
+        found = f"cut off or damaged: a {format} of {len(data)} bytes without its end"
+        raise ImageError(where, found, "copy it again" + ", or --allow-truncated" * (format == "JPEG"))
 
 
 def _jpeg_is_complete(data: bytes) -> bool:

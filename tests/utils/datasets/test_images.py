@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from utils.datasets.images import MAX_PIXELS, ImageError, decode_image, probe, read_image
+from utils.datasets.images import LIMITS, ImageError, Limits, decode_image, probe, read_image
 
 H, W = 30, 40
 
@@ -170,7 +170,7 @@ def png_of(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize("size", [(30000, 30000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1), (MAX_PIXELS + 1, 1)])
+@pytest.mark.parametrize("size", [(30000, 30000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1), (LIMITS.max_pixels + 1, 1)])
 def test_claimed_sizes_are_refused_before_decoding(tmp_path, size):
     path = write(tmp_path, "bomb.png", png_of(*size))
     for reader in (probe, read_image):
@@ -192,7 +192,7 @@ def test_damaged_bytes_give_a_picture_or_an_image_error(tmp_path, pixels, format
             data[at] = rng.integers(256)
         path = write(tmp_path, "damaged", bytes(data))
         try:
-            image = read_image(path, max_pixels=10**6)
+            image = read_image(path, limits=Limits(max_pixels=10**6))
         except ImageError:
             continue
         assert image.dtype == np.uint8 and image.shape == (*probe(path)[1], 3)
@@ -201,8 +201,8 @@ def test_damaged_bytes_give_a_picture_or_an_image_error(tmp_path, pixels, format
 def test_limit_is_the_callers(tmp_path, pixels):
     path = write(tmp_path, "x.png", encode(Image.fromarray(pixels), "PNG"))
     with pytest.raises(ImageError, match=f"too large: {W} x {H} pixels, the limit is 100"):
-        read_image(path, max_pixels=100)
-    assert read_image(path, max_pixels=H * W).shape == (H, W, 3)
+        read_image(path, limits=Limits(max_pixels=100))
+    assert read_image(path, limits=Limits(max_pixels=H * W)).shape == (H, W, 3)
 
 
 def test_float_pixels_have_no_defined_range():
