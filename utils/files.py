@@ -2,12 +2,32 @@
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.errors import ResourceError
+from utils.errors import ResourceError, UserError
+
+
+def read_bytes(path: str | Path, expected: str, limit: int = -1) -> bytes:
+    """The bytes of an ordinary file, at most ``limit`` of them; ``expected`` is what a user calls such a file.
+
+    Raises:
+        UserError: no such file, a folder, a pipe or a device (to open one may wait for ever), or unreadable.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                return file.read(limit)
+    except FileNotFoundError as error:
+        raise UserError(path, f"no such file, expected {expected}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    raise UserError(path, f"{'a folder' if stat.S_ISDIR(mode) else 'not an ordinary file'}, expected {expected}")
 
 
 @contextmanager
