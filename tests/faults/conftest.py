@@ -8,10 +8,16 @@ the reason.
 
 import csv
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "utils")]
+
+from server import Server  # noqa: E402
+from tiny import CFG, write_pictures  # noqa: E402
 
 HERE = Path(__file__).parent
 ROW = re.compile(r"(?<![A-Za-z0-9])[CWDILTEVXPS]\d{1,2}(?!\d)")
@@ -34,6 +40,26 @@ def read_rows(name: str) -> dict[str, dict[str, str]]:
 def seen(record_property):
     """``seen(text)``: what the code did, for the table."""
     return lambda text: record_property("seen", str(text))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Server:
+    """``server.run("train.py", *args) -> Finished``, ``server.start(...)`` to send signals: a process in 0.1 s."""
+    return Server(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> list[str]:
+    """Arguments of train.py: a network of three layers, six pictures of 64 px, three steps per epoch, three epochs.
+
+    A test adds ``--project``; what is given again wins.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    data = write_pictures(folder)
+    (folder / "tiny.cfg").write_text(CFG, encoding="utf-8")
+    run = ["--cfg", str(folder / "tiny.cfg"), "--data", str(data), "--epochs", "3", "--batch-size", "2"]
+    steps = ["--set", "nominal_batch=2", "--workers", "0", "--device", "cpu", "--precision", "float32"]
+    return run + steps
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
