@@ -176,7 +176,7 @@ def train(args: argparse.Namespace, device) -> None:
     )
 
     # ---- where: the run's own folder, with everything beside the results that is needed to do it again --------------
-    run = resumed.path.parents[1] if resumed else shared_new_run(args.project, args.name, args.exist_ok, device)
+    run = resumed.path.parents[1] if resumed else shared_new_run(args.project, args.name, args.exist_ok)
     logger = Logger(run if distributed.is_main() else None, start_epoch=resumed.meta["epoch"] if resumed else 0)
     if distributed.is_main():
         for name, text in settings(args, recipe, cfg).items():
@@ -207,7 +207,6 @@ def train(args: argparse.Namespace, device) -> None:
     if distributed.is_main():
         with logger.guard("labels.png"):
             save_labels_png(data.train, data.names, run / "labels.png")
-        logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
 
     def save(name: str) -> None:
         meta = {"cfg": cfg.text, "names": data.names, "recipe": recipe.as_dict(), "args": vars(args)}
@@ -236,13 +235,15 @@ def train(args: argparse.Namespace, device) -> None:
             is_better = best.update(fitness(scalars), epoch)
             is_stale = best.is_stale(epoch, args.patience)
         logger.epoch(row | {"seconds": time.perf_counter() - start}, details)
+        if epoch == 0:  # not before it: tracing takes a second that a person would wait for the first step
+            logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
         if distributed.is_main() and (is_last or is_stale or not args.nosave):
             save("last")
             if is_better:
                 save("best")
             if args.save_period and (epoch + 1) % args.save_period == 0:
                 save(f"epoch{epoch}")
-        if distributed.broadcast(is_stale, device):
+        if distributed.broadcast(is_stale):
             logger.say(f"no better epoch than {best.epoch} for {args.patience} epochs: stopped early")
             break
 

@@ -3,6 +3,7 @@
 Because nothing here counts by itself, a resumed run needs no scheduler state: the step number is all of it.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -117,18 +118,28 @@ def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def _sgd(groups, optim: Optim) -> Optimizer:
-    return SGD(groups, lr=optim.lr0, momentum=optim.momentum, nesterov=optim.momentum > 0, fused=True)
+    return _quick_to_start(SGD)(groups, lr=optim.lr0, momentum=optim.momentum, nesterov=optim.momentum > 0, fused=True)
 
 
 def _adam(groups, optim: Optim) -> Optimizer:
-    return Adam(groups, lr=optim.lr0, betas=(optim.momentum, 0.999), fused=True)
+    return _quick_to_start(Adam)(groups, lr=optim.lr0, betas=(optim.momentum, 0.999), fused=True)
 
 
 def _adamw(groups, optim: Optim) -> Optimizer:
-    return AdamW(groups, lr=optim.lr0, betas=(optim.momentum, 0.999), fused=True)
+    return _quick_to_start(AdamW)(groups, lr=optim.lr0, betas=(optim.momentum, 0.999), fused=True)
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw}
+
+
+def _quick_to_start(kind: type[Optimizer]) -> type[Optimizer]:
+    """``kind`` without what torch wraps around its methods for those who compile them.
+
+    The wrappers' first call imports torch's compiler, which takes as long as importing torch (benchmarks/startup.py).
+    """
+    plain = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in plain}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def build_optimizer(module: nn.Module, optim: Optim) -> Optimizer:

@@ -84,6 +84,32 @@ def test_a_step_with_a_broken_gradient_moves_nothing(kind):
         assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_steps_are_those_of_torch(kind):
+    """Ours leave out what torch wraps around its methods for its compiler, and nothing else."""
+    torch_kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
+    ours, theirs = network(), network()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, Optim(optimizer=kind))
+    options = {name: value for name, value in optimizer.defaults.items() if name != "decoupled_weight_decay"}
+    groups = [
+        {**group, "params": list(parameter_groups(theirs)[group["kind"]].values())} for group in optimizer.param_groups
+    ]
+    reference, steps = torch_kind(groups, **options), []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    for _ in range(3):
+        for module, mover in ((ours, optimizer), (theirs, reference)):
+            mover.zero_grad()
+            module.eval()(torch.ones(1, 3, 5, 5)).square().sum().backward()
+            mover.step()
+    assert len(steps) == 3
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(mine, other) and mine.requires_grad and mine.grad_fn is None
+    saved = [part.state_dict()["state"] for part in (optimizer, reference)]
+    torch.testing.assert_close(*saved, rtol=0, atol=0)
+    optimizer.load_state_dict(reference.state_dict())
+
+
 def test_sgd_equals_the_formula():
     module = nn.Linear(1, 1)
     optimizer = build_optimizer(module, Optim(weight_decay=0.1, momentum=0.9))
