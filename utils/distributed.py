@@ -1,8 +1,13 @@
-"""One process or several: who am I, and what do we agree on."""
+"""One process or several: who am I, and what do we agree on.
+
+Tensors travel by collectives, plain values through a store: whoever waits for a value waits as long as it takes, with
+no collective pending that could time out while process 0 evaluates.
+"""
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -10,8 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=30)  # rank 0 evaluates while the others wait
-BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+from utils.errors import ResourceError, Stopped, UserError
+
+JOIN = timedelta(seconds=25)  # to reach the store
+TIMEOUT = timedelta(minutes=10)  # of a collective: the others may be slow with a step, not with an evaluation
+GOODBYE = 10.0  # seconds that the store is kept for those who still read from it
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
+
+_store: dist.Store | None = None
+_calls = 0  # exchanges so far, the same number on all processes
 
 
 def rank() -> int:
@@ -36,15 +48,58 @@ def local_rank() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes where torchrun started several; nothing otherwise."""
+    """Join the other processes where torchrun started several; nothing otherwise.
+
+    Raises:
+        ResourceError: they cannot be reached, or one of them is gone.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group(BACKENDS[device.type], timeout=TIMEOUT)
+    _join(device)
     try:
         yield
+        _say_goodbye()
+    except Stopped:
+        _say_goodbye()
+        raise
+    except RuntimeError as error:  # what torch raises for all of this; a lost connection is told by its text
+        if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
+            raise
+        hint = "its own error says why; train.py --resume auto continues"
+        raise ResourceError(
+            f"process {rank()}", f"another process of this run is gone: {_first(error)}", hint
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    global _store, _calls
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, own, world = next(dist.rendezvous("env://", timeout=JOIN))
+        dist.init_process_group(BACKENDS[device.type], store=store, rank=own, world_size=world, timeout=TIMEOUT)
+    except (dist.DistError, ValueError) as error:
+        raise ResourceError(
+            address, f"cannot join the other processes: {_first(error)}", "see MASTER_ADDR and MASTER_PORT, or torchrun"
+        ) from error
+    _store, _calls = dist.PrefixStore("matchbox", store), 0
+
+
+def _say_goodbye() -> None:
+    """Process 0 may hold the store: it leaves last."""
+    key = _next_key()
+    _store.set(f"{key}/{rank()}", "true")
+    for number in range(world_size()) if is_main() else ():
+        _wait_for(f"{key}/{number}", GOODBYE)
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+# ---------------------------------------------------------------------------------------------- tensors
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
@@ -56,17 +111,41 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def broadcast(value: object, device: torch.device) -> object:
-    """Rank 0's plain value (text, number, flag) on every process; it travels as JSON, never as pickle."""
+def all_reduce_max(values: Sequence[int]) -> list[int]:
+    """The largest of each number over all processes; from CPU to CPU, so that no GPU is waited for."""
+    if not dist.is_initialized():
+        return list(values)
+    numbers = torch.tensor(values)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+# ---------------------------------------------------------------------------------------------- plain values
+
+
+def broadcast(value: object) -> object:
+    """Process 0's plain value (text, number, flag) on every process; it travels as JSON, never as pickle."""
     if not dist.is_initialized():
         return value
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-    length = torch.tensor(len(data), device=device)
-    dist.broadcast(length, src=0)
-    if not is_main():
-        data = torch.empty(int(length), dtype=torch.uint8, device=device)
-    dist.broadcast(data, src=0)
-    return json.loads(bytes(data.tolist()).decode())
+    key = _next_key()
+    if is_main():
+        _store.set(key, json.dumps(value))
+        return value
+    return _wait_for(key)
+
+
+def gather(value: object) -> list:
+    """Every process's plain value, in their order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    key = _next_key()
+    _store.set(f"{key}/{rank()}", json.dumps(value))
+    return [_wait_for(f"{key}/{number}") for number in range(world_size())]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    gather(None)
 
 
 @contextmanager
@@ -79,7 +158,31 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
-def barrier() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
+def agree(values: Mapping[str, object]) -> None:
+    """Raises UserError where a plain value is not the same on all processes, and names the process that differs."""
+    everyone = gather(dict(values))
+    for number, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                raise UserError(
+                    f"process {number}",
+                    f"{name} is not that of process 0: {theirs[name]} != {value}",
+                    "same files everywhere?",
+                )
+
+
+def _next_key() -> str:
+    global _calls
+    _calls += 1
+    return str(_calls)
+
+
+def _wait_for(key: str, patience: float = float("inf")) -> object:
+    """The value of a key, as soon as somebody sets it; None after ``patience`` seconds."""
+    pause, end = 0.001, time.monotonic() + patience
+    while not _store.check([key]):
+        if time.monotonic() > end:
+            return None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    return json.loads(_store.get(key))

@@ -1,18 +1,27 @@
 """What a run stands on: its own folder, a device, a precision, a seed."""
 
+import errno
 import os
 import random
+import socket
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
 
-from utils.checkpoint import SUFFIX, latest_valid
+from utils.checkpoint import SUFFIX, Store
 from utils.distributed import broadcast, is_main, local_rank, world_size
 from utils.errors import ResourceError, UserError
+from utils.files import remove_parts
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 WEIGHTS = "weights"  # folder of a run's checkpoints
+LOCK = "run.lock"  # says which process writes into a run
 
 
 def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
@@ -41,13 +50,13 @@ def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
         raise ResourceError(project / name, f"cannot make the run folder: {error.strerror}", "see --project") from error
 
 
-def shared_new_run(project: str | Path, name: str, exist_ok: bool, device: torch.device) -> Path:
+def shared_new_run(project: str | Path, name: str, exist_ok: bool) -> Path:
     """One new run for all processes, with its folder of checkpoints; the first process makes it."""
     folder = ""
     if is_main():
         folder = new_run(project, name, exist_ok)
         (folder / WEIGHTS).mkdir(exist_ok=True)
-    return Path(broadcast(str(folder), device))
+    return Path(broadcast(str(folder)))
 
 
 def find_run(project: str | Path, text: str) -> tuple[Path, list[UserError]]:
@@ -60,11 +69,52 @@ def find_run(project: str | Path, text: str) -> tuple[Path, list[UserError]]:
         if Path(text).resolve().parent.name != WEIGHTS:
             raise UserError(text, f"not in the {WEIGHTS} folder of a run", "--weights FILE starts a new run from it")
         return Path(text).resolve(), []
-    folders = [Path(text)] if text else [file.parents[1] for file in Path(project).glob(f"*/{WEIGHTS}/last{SUFFIX}")]
+    folders = [Path(text)] if text else [file.parents[1] for file in Path(project).glob(f"*/{WEIGHTS}/*{SUFFIX}")]
     if not folders:
         raise UserError("--resume", f"no run with a checkpoint under {project}", "--resume RUN names one")
     newest = max(folders, key=lambda folder: (folder / WEIGHTS).stat().st_mtime_ns if text == "" else 0)
-    return latest_valid(newest / WEIGHTS)
+    found = Store(newest / WEIGHTS).latest()
+    return found.path, found.passed_over
+
+
+def lock_run(folder: Path) -> TextIO:
+    """Make this process the only one that writes into a run, and remove what a killed one left half written.
+
+    The lock ends with the process, however it ends, or when the file that is returned is closed. It is a record lock
+    (``fcntl``) and not ``flock``: loading processes that outlive a killed run by seconds do not inherit it. Windows and
+    file systems without locks have none.
+
+    Raises:
+        UserError: another process has it; names it and its machine.
+        ResourceError: the folder cannot be written.
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(folder / LOCK, flags, 0o644), "r+", encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(folder, f"cannot write: {error.strerror}", "see --project") from error
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                folder, f"{owner} trains in this folder", "wait for its end, or leave --exist-ok"
+            ) from error
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        for mine in (folder, folder / WEIGHTS):
+            remove_parts(mine)
+    except OSError as error:
+        file.close()
+        raise ResourceError(folder, f"cannot write: {error.strerror}", "see --project") from error
+    return file
 
 
 def select_device(text: str = "") -> torch.device:

@@ -22,8 +22,15 @@ with d.process_group(device):
     own = torch.tensor([1.0 + 2 * number, 10.0], requires_grad=True)
     mean = d.all_reduce_mean(own)
     assert mean.tolist() == [2.0, 10.0] and not mean.requires_grad and own.tolist()[0] == 1.0 + 2 * number
-    assert d.broadcast(f"rün {number}", device) == "rün 0"
-    assert d.broadcast(number == 1, device) is False
+    assert d.broadcast(f"rün {number}") == "rün 0"
+    assert d.broadcast(number == 1) is False
+    assert d.gather(number) == [0, 1] and d.all_reduce_max([number, 5 - number]) == [1, 5]
+    d.agree({"answer": 42})
+    try:
+        d.agree({"answer": number})
+        raise SystemExit("they do not agree")
+    except d.UserError as error:
+        assert str(error).startswith("process 1: answer is not that of process 0: 1 != 0"), error
     with d.main_first():
         pass
 assert d.world_size() == 1
@@ -35,7 +42,9 @@ def test_alone():
     assert torch.equal(distributed.all_reduce_mean(tensor), tensor)
     assert not distributed.all_reduce_mean(tensor).requires_grad
     assert distributed.is_main() and distributed.world_size() == 1
-    assert distributed.broadcast("text", torch.device("cpu")) == "text"
+    assert distributed.broadcast("text") == "text" and distributed.gather("text") == ["text"]
+    assert distributed.all_reduce_max([1, 2]) == [1, 2]
+    distributed.agree({"anything": 1})
     with distributed.process_group(torch.device("cpu")), distributed.main_first():
         distributed.barrier()
 
