@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 import yaml
 
 from utils.errors import UserError, nearest
+from utils.files import read_bytes
 
 if TYPE_CHECKING:  # a recipe pulls in torch and OpenCV; reading a data yaml must not
     from utils.datasets.augment import Augment
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 RECIPES = Path(__file__).resolve().parents[1] / "cfg" / "hyp"
 MAX_DEPTH = 20  # of nested YAML; real files use 3
+MAX_DIGITS = 100  # of a number; Python refuses to print one of 4300
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -180,7 +182,7 @@ CONVERTERS = {float: _to_float, int: _to_int, bool: _to_bool, str: _to_str}
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only; aliases, double keys and deep nesting are refused."""
+    """Plain values only; tags, aliases, double keys and deep nesting are refused. A date is text."""
 
     def __init__(self, text: str, path: str):
         self.path, self.depth = path, 0
@@ -189,12 +191,24 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise self.error(self.peek_event().start_mark, "aliases (*name) are refused", "write the value out")
+        if self.peek_event().tag is not None:
+            raise self.error(self.peek_event().start_mark, f"tags ({self.peek_event().tag}) are refused", "remove it")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise self.error(self.peek_event().start_mark, f"nested deeper than {MAX_DEPTH} levels")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def construct_object(self, node, deep=False):
+        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+            raise self.error(node.start_mark, f"a number of {len(node.value)} digits")
+        try:
+            return super().construct_object(node, deep)
+        except UserError:
+            raise
+        except (ValueError, OverflowError) as error:  # 0x_
+            raise self.error(node.start_mark, f"not a number: {node.value!r}") from error
 
     def error(self, mark, message, hint="") -> UserError:
         return UserError(f"{self.path}:{mark.line + 1}", message, hint)
@@ -214,6 +228,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_located)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
 
 
 def parse_yaml(text: str, path: object = "<text>") -> Any:
@@ -232,18 +247,14 @@ def read_yaml(path: str | Path) -> Located:
     """The mapping in a YAML file, with the line of every key. Raises UserError for anything else."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(path, _reason(error)) from error
+        text = read_bytes(path, "YAML").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(path, "not UTF-8 text") from error
     data = parse_yaml(text, path)
     if not isinstance(data, Located):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise UserError(path, f"expected key: value lines, found {found}")
     return data
-
-
-def _reason(error: Exception) -> str:
-    return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
 
 
 # --------------------------------------------------------------------------------------------------------------- recipe

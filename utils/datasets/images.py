@@ -103,6 +103,11 @@ class Header(NamedTuple):
     orientation: int  # EXIF 1..8; anything else counts as 1
 
     @property
+    def turned(self) -> bool:
+        """Whether the orientation changes anything."""
+        return self.orientation in TURNS
+
+    @property
     def upright(self) -> tuple[int, int]:
         """Height, width after the orientation is applied."""
         return self.size[::-1] if TURNS.get(self.orientation, (False,))[0] else self.size

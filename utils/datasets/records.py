@@ -4,6 +4,8 @@ What ``path`` may be is listed in ``formats/description.py``. Nothing is ever wr
 downloaded or executed.
 """
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from utils.datasets.formats.pictures import Source
 from utils.datasets.formats.rows import KEPT, POLICIES, QUARANTINED, Annotated, Problem, Problems
 from utils.datasets.formats.voc import read_voc
 from utils.datasets.formats.yolo import read_yolo
+from utils.datasets.images import LIMITS, Limits
 from utils.errors import QuarantineError, UserError, nearest
 from utils.structures import Record
 
@@ -26,6 +29,7 @@ __all__ = ["FORMATS", "DataSet", "Problem", "read_dataset", "read_names"]
 SINGLE_CLASS = ("object",)  # what is left of the names when all classes are made one
 WITH_OUTLINES = ("coco", "yolo", "darknet")
 SHOWN_PROBLEMS = 3  # of each kind, in the summary
+SHOWN_NAMES = 10  # of classes without a box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,22 @@ class DataSet:
         records = [replace(record, labels=np.zeros_like(record.labels)) for record in self.records]
         return replace(self, names=SINGLE_CLASS, records=records, category_ids=(1,))
 
+    def fingerprint(self) -> str:
+        """sha256 over names and records: whether a run that continues sees the data it began with.
+
+        Pictures count by file name and size, in order, and with all that is annotated in them; the folder they lie in
+        does not: a data set may move.
+        """
+        digest = hashlib.sha256(repr(self.names).encode())
+        for record in self.records:
+            digest.update(os.fsencode(Path(record.path).name) + repr(record.size).encode())
+            arrays = [record.boxes, record.labels, record.ignore, record.crowd]
+            if record.outlines is not None:
+                arrays += [record.outlines.corners, record.outlines.starts, record.outlines.owner]
+            for array in arrays:
+                digest.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
     def summary(self) -> str:
         """Aligned text: pictures, backgrounds, boxes per class, problems by kind with their first places."""
         labels = np.concatenate([record.labels for record in self.records] or [np.zeros(0, np.int64)])
@@ -65,6 +85,9 @@ class DataSet:
             f"  {'boxes':{width}} {len(labels):8d}" + f"  ({num_ignored} of them to ignore)" * bool(num_ignored),
             *(f"  {name:{width}} {count:8d}" for name, count in zip(self.names, counts)),
         ]
+        if absent := [name for name, count in zip(self.names, counts) if not count]:
+            shown = ", ".join(absent[:SHOWN_NAMES]) + ", ..." * (len(absent) > SHOWN_NAMES)
+            lines.append(f"  {len(absent)} x class without a box: {shown}")
         kinds = Counter((problem.reason, problem.action) for problem in self.problems)
         for (reason, action), count in kinds.most_common():
             shown = [problem for problem in self.problems if (problem.reason, problem.action) == (reason, action)]
@@ -74,7 +97,9 @@ class DataSet:
         return "\n".join(lines)
 
 
-def read_dataset(path: str | Path, split: str = "train", *, policy: str = "clip", masks: bool = False) -> DataSet:
+def read_dataset(
+    path: str | Path, split: str = "train", *, policy: str = "clip", masks: bool = False, limits: Limits = LIMITS
+) -> DataSet:
     """Read the annotations of one split, and the size of each of its pictures; no picture is decoded.
 
     Args:
@@ -82,16 +107,18 @@ def read_dataset(path: str | Path, split: str = "train", *, policy: str = "clip"
         split: ``train``, ``val`` or ``test`` (VOC: any list of ``ImageSets/Main``).
         policy: what happens to bad boxes: ``clip``, ``drop`` or ``fatal``, see ``formats/rows.py``.
         masks: read the outlines of the objects, too; a row without one that can be used is a bad row.
+        limits: which pictures are taken.
 
     Raises:
-        UserError: the data set is wrong as a whole: no names, no pictures, class ids without a name, no outlines where
-            they are wanted.
+        UserError: the data set is wrong as a whole: no names, no pictures, class ids that count from 1, no outlines
+            where they are wanted.
         QuarantineError: every picture had to be set aside.
     """
     if policy not in POLICIES:
         raise UserError(f"policy '{policy}'", "no such policy", nearest(policy, POLICIES))
     problems = Problems(policy)
-    source = replace(describe(Path(path).expanduser(), split, problems), masks=masks)
+    path = Path(os.path.expanduser(path))  # noqa: PTH111  (pathlib's raises where there is no such user)
+    source = replace(describe(path, split, problems), masks=masks, limits=limits)
     if masks and source.format not in WITH_OUTLINES:
         found = f"annotations of format '{source.format}' hold boxes only, a network with masks needs outlines"
         raise UserError(source.where or path, found, "COCO json and YOLO labels can; or take a cfg without [mask]")

@@ -341,7 +341,7 @@ def test_too_many_boxes_are_a_broken_file(tmp_path):
         f"1 0.5 0.5 0.{1000 + i} 0.5\n" for i in range(8990)
     )
     data = read_dataset(yolo_set(tmp_path, {"a": rows, "b": GOOD}))
-    assert len(data.records) == 1 and "more than 10000 boxes" in data.problems[0].reason
+    assert len(data.records) == 1 and "more than 10000 rows" in data.problems[0].reason
 
 
 def test_background_missing_and_empty_are_counted_apart(tmp_path):
@@ -384,9 +384,11 @@ def test_unusable_pictures_are_set_aside(tmp_path):
 
 
 def test_class_without_a_name(tmp_path):
-    with pytest.raises(UserError, match=r"b\.txt:2: class id 7, but there are 2 names \(0 to 1\)"):
-        read_dataset(yolo_set(tmp_path, {"a": GOOD, "b": GOOD + "7 0.5 0.5 0.2 0.2\n"}))
-    with pytest.raises(UserError, match="do they start at 1"):
+    data = read_dataset(yolo_set(tmp_path, {"a": GOOD, "b": GOOD + "7 0.5 0.5 0.2 0.2\n"}))
+    (problem,) = data.problems
+    assert str(problem).endswith("b.txt:2: class id has no name: class 7, but there are 2 names, from 0 (row dropped)")
+    assert len(data.records[1].labels) == 1
+    with pytest.raises(UserError, match="are the ids 1-based"):
         read_dataset(yolo_set(tmp_path / "shifted", {"a": "1 0.5 0.5 0.2 0.2\n", "b": "2 0.5 0.5 0.2 0.2\n"}))
 
 
@@ -401,7 +403,7 @@ def test_labels_in_pixels(tmp_path):
         ("nc: 2\n", "no 'names:'.*add the line: names:"),
         ("nc: 3\nnames: [cat, dog]\n", r"data\.yaml:2: nc is 3, but there are 2 names"),
         ("names: {0: cat, 2: dog}\n", "ids must run from 0 to 1"),
-        ("names: [cat, no]\n", r"data\.yaml:2: names: expected text, found False \(quote it\)"),
+        ("names: [cat, no]\n", r"data\.yaml:2: names: expected text of one line, found False \(quote it\)"),
         ("names: []\n", "expected a list of class names"),
         ("names: [cat]\nnames: [dog]\n", "given twice"),
         ("names: [cat]\nformat: yollo\n", "no such format: 'yollo'"),

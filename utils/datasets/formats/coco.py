@@ -6,13 +6,15 @@ them all; only what has no width or height is dropped, and, where masks are want
 """
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
-from utils.datasets.formats.pictures import Source, find_pictures, probe_pictures
-from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problems, Row, make_record
+from utils.datasets.formats.pictures import Source, find_pictures, kind, probe_pictures
+from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problems, Row, is_name, make_record
 from utils.datasets.formats.segmentation import outline_rows
 from utils.errors import UserError
+from utils.files import read_bytes
 
 
 def read_coco(source: Source, problems: Problems) -> Annotated:
@@ -34,7 +36,7 @@ def read_coco(source: Source, problems: Problems) -> Annotated:
         )
     pictures = _locate(images, source, problems)
     rows, num_bad = _rows(data["annotations"], images, labels, path, problems)
-    sizes = probe_pictures(list(pictures.values()), problems)
+    sizes = probe_pictures(list(pictures.values()), source, problems)
     records = []
     for image_id, picture in pictures.items():
         if picture not in sizes:
@@ -67,9 +69,9 @@ def read_coco(source: Source, problems: Problems) -> Annotated:
 
 def _load(path: Path) -> dict:
     try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(path, error.strerror or str(error)) from error
+        data = json.loads(read_bytes(path, "a COCO instances file"), object_pairs_hook=_unique)
+    except UserError:
+        raise
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}", f"not JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # not text, a number of 5000 digits, 5000 brackets
@@ -81,11 +83,20 @@ def _load(path: Path) -> dict:
     return data
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON, whose parser would let the last of several equal keys win without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (double, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {double!r} is given twice in one object")
+    return values
+
+
 def _labels(categories: list[dict], source: Source) -> tuple[tuple[str, ...], dict[int, int]]:
     """Class names, and category id -> label."""
     path = source.annotations
     for category in categories:
-        if not _is_id(category.get("id")) or not isinstance(category.get("name"), str):
+        if not _is_id(category.get("id")) or not is_name(category.get("name")):
             raise UserError(path, f"a category needs an id (a number) and a name, found {category}")
     by_id = {category["id"]: category["name"] for category in sorted(categories, key=lambda item: item["id"])}
     if len(by_id) < len(categories):
@@ -107,7 +118,7 @@ def _by_id(images: list[dict], path: Path, problems: Problems) -> dict[int | str
     known: dict[int | str, dict] = {}
     for image in images:
         key, name = image.get("id"), image.get("file_name")
-        if not (_is_id(key) or isinstance(key, str)) or not isinstance(name, str) or not name or "\0" in name:
+        if not (_is_id(key) or isinstance(key, str)) or not _is_path(name):
             problems.add(path, None, "image without id or file_name", str(image)[:80], QUARANTINED)
         elif key in known:
             problems.add(path, None, "image id given twice", f"{key}: {name}", QUARANTINED)
@@ -148,7 +159,7 @@ def _picture_root(images: dict, source: Source) -> Path:
     places += [here.parent / "images" / split, here.parent]
     names = [image["file_name"] for image in images.values()]
     for place in places:
-        if any((place / name).is_file() for name in names[:100]):
+        if any(kind(place / name) == "file" for name in names[:100]):
             return place
     tried = ", ".join(str(place) for place in places)
     raise UserError(path, f"no picture found, e.g. {names[0]}; looked in {tried}", "name their folder in a data yaml")
@@ -175,7 +186,7 @@ def _rows(annotations: list[dict], images: dict, labels: dict[int, int], path: P
             raise UserError(path, f"annotation {key}: category {category} has no name", hint)
         x, y, w, h = map(float, annotation["bbox"])
         crowd, area = annotation.get("iscrowd") == 1, annotation.get("area")
-        area = float(area) if _is_finite(area) else None
+        area = float(area) if _is_finite(area) and area >= 0 else None
         box, shape = (x, y, x + w, y + h), annotation.get("segmentation")
         rows[image_id].append(Row(labels[category], box, None, crowd, crowd, area, shape))
     return rows, num_bad
@@ -196,6 +207,15 @@ def _fault(annotation: dict, known: bool) -> str:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_path(value: object) -> bool:
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        return bool(os.fsencode(value))
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _is_finite(value: object) -> bool:

@@ -10,12 +10,13 @@ folder              with a ``data.yaml``, or with ``ImageSets/Main`` (Pascal VOC
 ==================  ============================================================================================
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 
 from utils.config import Located, read_yaml
-from utils.datasets.formats.pictures import Source, find, read_lines
-from utils.datasets.formats.rows import KEPT, Problems
+from utils.datasets.formats.pictures import Source, find, kind, read_lines
+from utils.datasets.formats.rows import KEPT, Problems, is_name
 from utils.datasets.formats.voc import SPLITS
 from utils.datasets.shapes import ensure_shapes
 from utils.errors import UserError, nearest
@@ -30,10 +31,13 @@ VOC_LISTS = {"val": ("val", "valid")}
 
 def describe(path: Path, split: str, problems: Problems) -> Source:
     """What kind of data set a path is and what its split consists of. Raises UserError where it is none."""
-    if path.is_dir():
+    found = kind(path)
+    if found == "folder":
         return _describe_folder(path, split, problems)
-    if not path.exists():
+    if not found:
         raise UserError(path, "no such data set", f"looked at {Path.cwd() / path}")
+    if found == "other":
+        raise UserError(path, "not a data set: not a regular file", f"expected {', '.join(DESCRIBERS)} or a folder")
     suffix = path.suffix.lower()
     if suffix not in DESCRIBERS:
         raise UserError(path, f"not a data set: suffix '{suffix}'", f"expected {', '.join(DESCRIBERS)} or a folder")
@@ -118,24 +122,24 @@ def _darknet_names(path: Path) -> tuple[str, ...]:
 def _describe_yaml(path: Path, split: str, problems: Problems) -> Source:
     data = read_yaml(path)
     place = data.places.get
-    kind = data.get("format", "yolo")
-    if kind not in YAML_FORMATS:
-        raise UserError(place("format"), f"no such format: {kind!r}", nearest(str(kind), YAML_FORMATS))
+    format = data.get("format", "yolo")
+    if format not in YAML_FORMATS:
+        raise UserError(place("format"), f"no such format: {format!r}", nearest(str(format), YAML_FORMATS))
     for key in sorted(data.keys() - KNOWN_KEYS, key=str):
         problems.add(place(key, path), None, "key is not used", f"'{key}', {nearest(key, KNOWN_KEYS)}", KEPT)
     if "download" in data:
         problems.add(place("download"), None, "'download' is ignored", "nothing is fetched or run", KEPT)
     root = _root(data, path)
-    annotations = _annotations(data, path, root, split) if kind == "coco" else root
+    annotations = _annotations(data, path, root, split) if format == "coco" else root
     entries = _entries(data, path, split)
     return Source(
         file=path,
-        format=kind,
+        format=format,
         split=split,
         entries=entries,
         where=place(split, str(path)),
         bases=(root, path.parent),
-        names=_names(data, path, problems, required=kind == "yolo"),
+        names=_names(data, path, problems, required=format == "yolo"),
         annotations=annotations,
     )
 
@@ -154,14 +158,14 @@ def _root(data: Located, path: Path) -> Path:
     where = data.places.get("path", str(path))
     if not isinstance(text, str):
         raise UserError(where, f"path: expected text, found {text!r}", "quote it")
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))  # noqa: PTH111  (pathlib's raises where there is no such user)
     if "generator" in data:
         name = data["generator"]
-        if name not in GENERATORS:
+        if not isinstance(name, str) or name not in GENERATORS:
             raise UserError(data.places["generator"], f"no such generator: {name!r}", nearest(str(name), GENERATORS))
         GENERATORS[name](path.parent / folder)
     places = [path.parent / folder, Path.cwd() / folder]
-    root = next((place for place in places if place.is_dir()), None)
+    root = next((place for place in places if kind(place) == "folder"), None)
     if root is None:
         raise UserError(where, f"no such folder: '{text}'; looked at {places[0]}, {places[1]}", "correct 'path:'")
     return root
@@ -213,8 +217,8 @@ def _names(data: Located, path: Path, problems: Problems, *, required: bool) -> 
     if not isinstance(names, list) or not names:
         raise UserError(where, f"names: expected a list of class names, found {names!r}", "names: [cat, dog]")
     for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(where, f"names: expected text, found {name!r}", "quote it")
+        if not is_name(name):
+            raise UserError(where, f"names: expected text of one line, found {name!r}", "quote it")
     num = data.get("nc", len(names))
     if num != len(names):
         raise UserError(data.places["nc"], f"nc is {num}, but there are {len(names)} names", "correct one of them")
@@ -230,7 +234,7 @@ def read_names(path: str | Path) -> tuple[str, ...]:
     Raises:
         UserError: unreadable, no names, an empty line between them.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # noqa: PTH111
     return NAME_READERS.get(path.suffix.lower(), _listed_names)(path)
 
 

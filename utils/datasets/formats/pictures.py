@@ -1,6 +1,7 @@
 """Which picture files a split consists of: folders, list files, and where relative names start."""
 
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.datasets.formats.rows import KEPT, QUARANTINED, Problems
-from utils.datasets.images import IMAGE_SUFFIXES, ImageError, probe
+from utils.datasets.images import IMAGE_SUFFIXES, LIMITS, Header, ImageError, Limits, inspect
 from utils.errors import UserError
+from utils.files import read_bytes
 
 PROBE_THREADS = 8  # the work is waiting for disks
 PROGRESS_FROM = 1000  # pictures; fewer are done before a bar could be read
@@ -29,6 +31,16 @@ class Source:
     names: tuple[str, ...] | None = None  # class names, where they are given
     annotations: Path | None = None  # COCO: the json; VOC: the folder with Annotations/ and JPEGImages/
     masks: bool = False  # whether outlines are wanted, too
+    limits: Limits = LIMITS  # which pictures are taken
+
+
+def kind(path: Path) -> str:
+    """``file``, ``folder``, ``other`` (a pipe, a device), or nothing where there is none or there can be none."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # also a name too long, or no name at all
+        return ""
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
 def find(text: str, bases: Iterable[Path], where: str, what: str) -> Path:
@@ -41,7 +53,7 @@ def find(text: str, bases: Iterable[Path], where: str, what: str) -> Path:
         UserError: nothing is there; the text lists every place looked at.
     """
     tried = [path for base in bases for path in _spellings(text, base)]
-    found = next((path for path in tried if path.exists()), None)
+    found = next((path for path in tried if kind(path)), None)
     if found is None:
         places = ", ".join(dict.fromkeys(str(_absolute(path)) for path in tried))
         raise UserError(where, f"no such {what}: '{text}'; looked at {places}", "correct the path")
@@ -73,7 +85,7 @@ def find_pictures(source: Source, problems: Problems) -> list[Path]:
     pictures: list[Path] = []
     places = [find(entry, source.bases, source.where, "folder or list of pictures") for entry in source.entries]
     for place in places:
-        pictures += _scan_folder(place) if place.is_dir() else _read_picture_list(place, source.bases)
+        pictures += _scan_folder(place) if kind(place) == "folder" else _read_picture_list(place, source)
     if not pictures:
         looked = ", ".join(str(_absolute(place)) for place in places)
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
@@ -95,25 +107,28 @@ def _scan_folder(folder: Path) -> list[Path]:
     )
 
 
-def _read_picture_list(path: Path, bases: Sequence[Path]) -> list[Path]:
+def _read_picture_list(path: Path, source: Source) -> list[Path]:
     """The pictures a text file names, one path a line, relative to the list, then to the data set.
 
     A picture that is nowhere stays in the answer under its first spelling and is quarantined when it is opened.
     """
     pictures = []
-    bases = (path.parent, *bases)
-    for text, _ in read_lines(path):
+    bases = (path.parent, *source.bases)
+    try:
+        lines = read_lines(path)
+    except UserError as error:
+        found = f"neither a folder nor a list of pictures: {_absolute(path)}: {error.message}"
+        raise UserError(source.where, found, "write one path a line") from error
+    for text, _ in lines:
         tried = [spelling for base in bases for spelling in _spellings(text, base)]
-        pictures.append(Path(os.path.normpath(next((p for p in tried if p.is_file()), tried[0]))))
+        pictures.append(Path(os.path.normpath(next((p for p in tried if kind(p) == "file"), tried[0]))))
     return pictures
 
 
 def read_lines(path: Path) -> list[tuple[str, int]]:
     """The lines of a UTF-8 list that hold anything, stripped, with their numbers. LF, CRLF, CR and a BOM are fine."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(path, error.strerror or str(error)) from error
+        text = read_bytes(path, "one path or name a line").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(path, "not UTF-8 text", "expected one path or name a line") from error
     if "\0" in text:
@@ -122,22 +137,27 @@ def read_lines(path: Path) -> list[tuple[str, int]]:
     return [(line.strip(), number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def probe_pictures(pictures: Sequence[Path], problems: Problems) -> dict[Path, tuple[int, int]]:
+def probe_pictures(pictures: Sequence[Path], source: Source, problems: Problems) -> dict[Path, tuple[int, int]]:
     """The upright (H, W) of every picture that can be opened; the others are quarantined, with the reason."""
 
-    def look(picture: Path) -> tuple[int, int] | ImageError:
+    def look(picture: Path) -> tuple[Header, bool] | ImageError:
         try:
-            return probe(picture)[1]
+            return inspect(picture, source.limits)
         except ImageError as error:
             return error
 
-    sizes = {}
+    sizes, turned, animated = {}, [], []
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
         answers = pool.map(look, pictures)
         hide = len(pictures) < PROGRESS_FROM
         for picture, answer in zip(pictures, tqdm(answers, "pictures", len(pictures), leave=False, disable=hide)):
             if isinstance(answer, ImageError):
                 problems.add(picture, None, "picture cannot be used", answer.message, QUARANTINED)
-            else:
-                sizes[picture] = answer
+                continue
+            header, more = answer
+            sizes[picture] = header.upright
+            turned += [picture] * header.turned
+            animated += [picture] * more
+    problems.add_some(source.file, "pictures turned upright by their EXIF orientation", turned)
+    problems.add_some(source.file, "files of several pictures, of which the first is used", animated)
     return sizes

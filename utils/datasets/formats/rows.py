@@ -12,6 +12,7 @@ The rules, the same for every format (policy ``clip`` is the default):
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +20,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UNPRINTABLE, UserError, printable
+from utils.files import read_bytes
 from utils.structures import Outlines, Record
 
 POLICIES = ("clip", "drop", "fatal")
-CLIPPED, DROPPED, QUARANTINED, KEPT = "clipped", "row dropped", "picture quarantined", "kept"
+CLIPPED, DROPPED, DOUBLE, QUARANTINED, KEPT = "clipped", "row dropped", "counted once", "picture quarantined", "kept"
 LAST_DIGIT = 2e-6  # of a side: two roundings (center and size) of a label with six decimals
 ROUNDING = 1e-3  # of a side: what sloppier writers leave
 MIN_VISIBLE = 0.1  # share of a box's area that must lie inside the picture
 MAX_ROWS = 10_000  # boxes in one picture; more is a broken file
+MAX_BYTES = 1 << 26  # of one picture's annotation
+NUMBER = re.compile(  # ASCII only: float() also takes "٣", "0_5", "nan"
+    r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+)
 
 
 class Row(NamedTuple):
@@ -50,7 +56,7 @@ class Problem(NamedTuple):
     line: int | None
     reason: str  # a category, the same text for all problems of a kind
     found: str  # this one's particulars
-    action: str  # CLIPPED, DROPPED, QUARANTINED or KEPT
+    action: str  # CLIPPED, DROPPED, DOUBLE, QUARANTINED or KEPT
 
     @property
     def where(self) -> str:
@@ -68,10 +74,15 @@ class Problems:
     entries: list[Problem] = field(default_factory=list)
 
     def add(self, path: object, line: int | None, reason: str, found: object = "", action: str = DROPPED) -> None:
-        problem = Problem(str(path), line, reason, str(found), action)
+        problem = Problem(printable(path), line, reason, printable(found), action)
         if self.policy == "fatal" and action != KEPT:
             raise UserError(problem.where, f"{reason}{': ' * bool(problem.found)}{problem.found}")
         self.entries.append(problem)
+
+    def add_some(self, path: object, reason: str, places: Sequence[Path]) -> None:
+        """One entry for what is true of many pictures and costs none of them."""
+        if places:
+            self.add(path, None, reason, f"{len(places)}, such as {places[0]}", KEPT)
 
 
 class Annotated(NamedTuple):
@@ -81,6 +92,19 @@ class Annotated(NamedTuple):
     records: list[Record]
     num_unlabelled: int = 0  # pictures without any annotation file
     category_ids: tuple[int, ...] | None = None  # the data set's own id of every label, where it has ids
+
+
+def is_name(value: object) -> bool:
+    """Whether a class can be called so: text that fits on one line of a table."""
+    return isinstance(value, str) and bool(value.strip()) and UNPRINTABLE.search(value) is None
+
+
+def read_annotation(path: Path) -> bytes:
+    """The bytes of a label file. Raises UserError where it is no ordinary file of a sensible size."""
+    data = read_bytes(path, "annotations of a picture", MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise UserError(path, f"larger than {MAX_BYTES} bytes, expected annotations of one picture")
+    return data
 
 
 def make_record(
@@ -137,7 +161,7 @@ def drop_duplicates(rows: Iterable[Row], source: object, problems: Problems) -> 
     for row in rows:
         known = first.setdefault((row.label, row.box), row)
         if known is not row:
-            problems.add(source, row.line, "the same box twice", f"as line {known.line}")
+            problems.add(source, row.line, "the same box twice", f"as line {known.line}", DOUBLE)
     return list(first.values())
 
 

@@ -6,13 +6,25 @@ shifting would be wrong for the many to gain a pixel for the few. ``difficult`` 
 of body parts inside an object (VOC's person layout) are no objects.
 """
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
 from utils.datasets.formats.pictures import Source, find, probe_pictures, read_lines
-from utils.datasets.formats.rows import QUARANTINED, Annotated, Problems, Row, drop_duplicates, make_record
+from utils.datasets.formats.rows import (
+    NUMBER,
+    QUARANTINED,
+    Annotated,
+    Problems,
+    Row,
+    drop_duplicates,
+    is_name,
+    make_record,
+    read_annotation,
+)
 from utils.datasets.images import IMAGE_SUFFIXES
 from utils.errors import UserError, nearest
 from utils.structures import Record
@@ -49,13 +61,13 @@ def read_voc(source: Source, problems: Problems) -> Annotated:
     root = source.annotations
     names = source.names or collect_names(root / "Annotations")
     pictures = _pictures(root, source, problems)
-    sizes = probe_pictures(list(pictures.values()), problems)
+    sizes = probe_pictures(list(pictures.values()), source, problems)
     records, missing = [], 0
     for name, picture in pictures.items():
         if picture not in sizes:
             continue
         path = root / "Annotations" / f"{name}.xml"
-        if not path.is_file():
+        if not os.path.lexists(path):
             missing += 1
             records.append(make_record(picture, sizes[picture], [], num_bad=0, source=path, problems=problems))
             continue
@@ -76,7 +88,7 @@ def collect_names(folder: Path) -> tuple[str, ...]:
     names = set()
     for path in folder.glob("*.xml"):
         try:
-            names |= {found.fields["name"] for found in parse_voc(path).objects if "name" in found.fields}
+            names |= {name for found in parse_voc(path).objects if is_name(name := found.fields.get("name"))}
         except UserError:
             continue  # reading the split that holds this file reports it, with its line
     if not names:
@@ -121,11 +133,13 @@ def parse_voc(path: Path) -> VocFile:
     parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = refuse
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, text.append
     try:
-        parser.Parse(path.read_bytes(), True)
-    except OSError as error:
-        raise UserError(path, error.strerror or str(error)) from error
+        parser.Parse(read_annotation(path), True)
+    except UserError:
+        raise
     except expat.ExpatError as error:
         raise UserError(f"{path}:{error.lineno}", f"not XML: {expat.ErrorString(error.code)}") from error
+    except (ValueError, LookupError) as error:  # an encoding that Python or expat does not know
+        raise UserError(path, f"not XML: {error}") from error
     return VocFile(objects, size)
 
 
@@ -141,7 +155,13 @@ def _pictures(root: Path, source: Source, problems: Problems) -> dict[str, Path]
         looked = ", ".join(str(root / SPLITS / entry) for entry in source.entries)
         raise UserError(source.where, f"no picture: the lists are empty; looked at {looked}")
     folder = root / "JPEGImages"
-    files = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix.lower() in IMAGE_SUFFIXES}
+    found = [file for file in sorted(folder.glob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+    files, count = {file.stem: file for file in found}, Counter(file.stem for file in found)
+    twins = [files[name] for name, _, _ in names if count[name] > 1]
+    problems.add_some(folder, "pictures of one name, of which the last is used", twins)
+    listed = Counter(name for name, _, _ in names)
+    double = [Path(name) for name in listed if listed[name] > 1]
+    problems.add_some(root / SPLITS, "pictures named more than once", double)
     pictures = {}
     for name, line, path in names:
         if name in files:
@@ -159,9 +179,9 @@ def _read_record(
     except UserError as error:
         problems.add(error.where, None, "annotation cannot be read", error.message, QUARANTINED)
         return None
-    stated = tuple(parsed.size.get(key, "0") for key in ("height", "width"))
-    if "0" not in stated and stated != tuple(map(str, size)):
-        found = f"annotated {stated[1]} x {stated[0]}, found {size[1]} x {size[0]}"
+    stated = tuple(_number(parsed.size.get(key, "")) or 0 for key in ("height", "width"))
+    if 0 not in stated and stated != size:  # many tools write no size, or zeros
+        found = f"annotated {stated[1]:g} x {stated[0]:g}, found {size[1]} x {size[0]}"
         problems.add(path, None, "picture has another size than its annotation says", found, QUARANTINED)
         return None
     rows, num_bad = [], 0
@@ -181,8 +201,11 @@ def _read_record(
 
 
 def _corners(fields: dict[str, str]) -> tuple[float, float, float, float] | None:
-    try:
-        box = tuple(float(fields[key]) for key in CORNERS)
-    except (KeyError, ValueError):
-        return None
-    return box if all(abs(value) < 1e9 for value in box) else None
+    box = tuple(_number(fields.get(key, "")) for key in CORNERS)
+    return None if None in box else box
+
+
+def _number(text: str) -> float | None:
+    """A number of a sensible size; None for anything else."""
+    value = float(text) if NUMBER.fullmatch(text) else None
+    return None if value is None or abs(value) > 1e9 else value

@@ -5,20 +5,30 @@ counted. A row of an odd number of at least 7 columns is a polygon ``class x1 y1
 and its outline where masks are wanted; in a file that also holds boxes, 7 columns are a box with two values too many.
 """
 
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from utils.datasets.formats.pictures import Source, find, find_pictures, probe_pictures
-from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problems, Row, drop_duplicates, make_record
+from utils.datasets.formats.rows import (
+    KEPT,
+    MAX_ROWS,
+    NUMBER,
+    QUARANTINED,
+    Annotated,
+    Problems,
+    Row,
+    drop_duplicates,
+    make_record,
+    read_annotation,
+)
 from utils.datasets.formats.segmentation import outline_rows
 from utils.errors import UserError
 from utils.structures import Record
 
-NUMBER = (
-    r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"  # ASCII only: float() also takes "٣", "0_5", "nan"
-)
-NUMBERS = re.compile(rf"{NUMBER}(?:[ \t]+{NUMBER})*")
+NUMBERS = re.compile(rf"{NUMBER.pattern}(?:[ \t]+{NUMBER.pattern})*")
 BOX_COLUMNS, MIN_POLYGON_COLUMNS = 5, 7
 MAX_LINE = 1 << 16  # characters
 LOOKS_LIKE_PIXELS = 2.0  # relative coordinates are at most 1, and slightly more by rounding
@@ -29,12 +39,12 @@ def read_yolo(source: Source, problems: Problems) -> Annotated:
     """Class names, records, and how many pictures had no label file (backgrounds, like those with an empty one).
 
     Raises:
-        UserError: no pictures, not one label file, a class id that has no name, pixels where relative numbers belong,
+        UserError: no pictures, not one label file, class ids that count from 1, pixels where relative numbers belong,
             no polygon where masks are wanted.
     """
     assert source.names is not None
     pictures = find_pictures(source, problems)
-    sizes = probe_pictures(pictures, problems)
+    sizes = probe_pictures(pictures, source, problems)
     reader = LabelReader(source.names, problems, masks=source.masks)
     records, missing = [], []
     for picture, size in sizes.items():
@@ -49,6 +59,12 @@ def read_yolo(source: Source, problems: Problems) -> Annotated:
         tried = ", ".join(str(path) for path in label_paths(missing[0]))
         raise UserError(source.where, f"none of {len(sizes)} pictures has a label file", f"looked for {tried}, ...")
     _count_strays(source, sizes, problems)
+    shared = Counter(next(label_paths(picture)) for picture in sizes)
+    problems.add_some(
+        source.file,
+        "pictures that share one label file",
+        [picture for picture in sizes if shared[next(label_paths(picture))] > 1],
+    )
     return Annotated(source.names, records, len(missing))
 
 
@@ -63,8 +79,8 @@ def label_paths(picture: Path) -> Iterator[Path]:
 
 
 def find_label(picture: Path) -> Path | None:
-    """The label file of a picture, None where there is none."""
-    return next((path for path in label_paths(picture) if path.is_file()), None)
+    """The label file of a picture, None where there is none. One that cannot be opened is one, too."""
+    return next((path for path in label_paths(picture) if os.path.lexists(path)), None)
 
 
 class LabelReader:
@@ -80,9 +96,13 @@ class LabelReader:
         if label is None:
             return make_record(picture, size, [], num_bad=0, source=picture, problems=self.problems, masks=self.masks)
         try:
-            text = _decode(label.read_bytes())
-        except (OSError, ValueError) as error:
-            self.problems.add(label, None, "label file cannot be read", error, QUARANTINED)
+            text = _decode(read_annotation(label), label)
+        except UserError as error:
+            self.problems.add(label, None, "label file cannot be read", error.message, QUARANTINED)
+            return None
+        num_lines = sum(not line.isspace() for line in text.split("\n") if line)
+        if num_lines > MAX_ROWS:
+            self.problems.add(label, None, f"more than {MAX_ROWS} rows for one picture", num_lines, QUARANTINED)
             return None
         rows, num_bad = self.rows(text, size, label)
         rows = drop_duplicates(rows, label, self.problems)
@@ -115,13 +135,14 @@ class LabelReader:
         return [self.to_pixels(values, number, size, path) for number, values in parsed], num_bad
 
     def check_class(self, value: float, where: str) -> tuple[str, str]:
-        """What is wrong with a class id, if anything. One without a name is an error of the whole set, raised later."""
+        """What is wrong with a class id, if anything."""
         if value < 0 or value != int(value):
             return "class id is not a whole number from 0", f"{value:g}"
         self.ids.add(int(value))
-        if value >= len(self.names) and not self.first_nameless:
-            self.first_nameless = where
-        return "", ""
+        if value < len(self.names):
+            return "", ""
+        self.first_nameless = self.first_nameless or where
+        return "class id has no name", f"class {value:.0f}, but there are {len(self.names)} names, from 0"
 
     def to_pixels(self, values: list[float], number: int, size: tuple[int, int], path: Path) -> Row:
         height, width = size
@@ -144,15 +165,11 @@ class LabelReader:
         return row._replace(segmentation=[[edge for x, y in corners for edge in (x * width, y * height)]])
 
     def refuse(self) -> None:
-        """Raise what makes the whole set wrong: ids without a name, pixels for relative numbers, boxes for polygons."""
+        """Raise what makes the whole set wrong: ids from 1, pixels for relative numbers, boxes for polygons."""
         num = len(self.names)
-        if self.first_nameless:
-            shifted = 0 not in self.ids and max(self.ids) == num
-            hint = "no id is 0: do they start at 1? YOLO counts from 0" if shifted else "add the missing names"
-            nameless = ", ".join(map(str, sorted(i for i in self.ids if i >= num)[:5]))
-            raise UserError(
-                self.first_nameless, f"class id {nameless}, but there are {num} names (0 to {num - 1})", hint
-            )
+        if self.first_nameless and 0 not in self.ids and max(self.ids) == num:
+            found = f"class id {num}, but there are {num} names (0 to {num - 1}), and no id is 0"
+            raise UserError(self.first_nameless, found, "are the ids 1-based? YOLO counts from 0")
         if self.num_pixel_rows * 2 > self.num_rows:
             share = f"{self.num_pixel_rows} of {self.num_rows} rows have numbers far above 1: labels look like pixels"
             raise UserError(self.first_pixels, share, "divide x and w by the picture's width, y and h by its height")
@@ -161,16 +178,16 @@ class LabelReader:
             raise UserError(self.first_row, found, "write 'class x1 y1 x2 y2 ...', or take a cfg without [mask]")
 
 
-def _decode(data: bytes) -> str:
-    """Text with newlines as line ends. ValueError names what it is instead."""
+def _decode(data: bytes, path: Path) -> str:
+    """Text with newlines as line ends. UserError names what it is instead."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError("UTF-16, expected UTF-8: save it again")
+        raise UserError(path, "UTF-16, expected UTF-8", "save it again")
     if b"\0" in data:
-        raise ValueError("not text: holds NUL bytes")
+        raise UserError(path, "not text: holds NUL bytes")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text: byte {error.start}") from error
+        raise UserError(path, f"not UTF-8 text: byte {error.start}") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
