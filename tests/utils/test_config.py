@@ -111,7 +111,7 @@ def test_files_that_are_no_mapping(tmp_path, data):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"No such file"):
+    with pytest.raises(UserError, match=r"no such file"):
         read_yaml(tmp_path / "none.yaml")
 
 
