@@ -7,10 +7,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from utils.datasets.augment import Augment, flip, hsv, mixup, mosaic, random_perspective
-from utils.datasets.cache import ImageCache
+from utils.datasets.cache import ImageCache, RecentImages
 from utils.datasets.images import read_image
-from utils.datasets.letterbox import letterbox
-from utils.datasets.loader import SAMPLE, Draw, generator
+from utils.datasets.letterbox import letterbox, reduced_to
+from utils.datasets.loader import NEIGHBOURS, SAMPLE, Draw, generator
 from utils.structures import ImageInfo, Letterbox, Outlines, Record, Sample
 
 
@@ -47,6 +47,7 @@ class DetectionDataset(Dataset):
     ):
         assert cache is None or len(cache) == len(records)
         self.channels, self.augment, self.seed, self.cache, self.stretch = channels, augment, seed, cache, stretch
+        self._recent = RecentImages(NEIGHBOURS)
         self.open_epochs = np.inf if epochs is None or augment is None else epochs - augment.close_mosaic
         self.sizes = np.array([record.size for record in records], dtype=np.int64).reshape(-1, 2)
         self._paths = np.array([os.fsencode(record.path) for record in records], dtype=np.bytes_)
@@ -67,13 +68,22 @@ class DetectionDataset(Dataset):
         rng = generator(self.seed, SAMPLE, draw.epoch, draw.position)
         sample = self._view(draw, draw.index, rng)
         if draw.epoch < self.open_epochs and rng.random() < self.augment.mixup:
-            sample = mixup(sample, self._view(draw, int(rng.integers(len(self))), rng), rng)
+            (other,) = _partners(draw, draw.index, 1, rng)
+            sample = mixup(sample, self._view(draw, other, rng), rng)
         return flip(hsv(sample, self.augment, rng), self.augment, rng)
 
-    def load(self, index: int) -> Sample:
-        """The picture as it is read, with its boxes in its pixels (a cached one may be smaller than the original)."""
+    def load(self, index: int, max_side: int | None = None) -> Sample:
+        """The picture as it is read, with its boxes in its pixels (a cached one may be smaller than the original).
+
+        With ``max_side`` it is reduced to that, and remembered: whoever loads it soon again shares its pixels.
+        """
         path, (height, width) = os.fsdecode(self._paths[index]), self.sizes[index].tolist()
-        image = read_image(path, self.channels) if self.cache is None else self.cache[index]
+        if self.cache is not None:
+            image = self.cache[index]
+        elif max_side is None:
+            image = read_image(path, self.channels)
+        else:
+            image = self._recent.get((path, max_side), self._read)
         start, stop = self._starts[index : index + 2].tolist()
         rows = slice(start, stop)
         reduced = Letterbox(scale=(image.shape[1] / width, image.shape[0] / height))
@@ -99,7 +109,17 @@ class DetectionDataset(Dataset):
 
     def _view(self, draw: Draw, index: int, rng) -> Sample:
         """One augmented sample before colour and mirroring: a mosaic around a picture, or the picture alone."""
+        max_side = round(max(draw.size) * (1 + self.augment.scale))  # more is not seen even at the largest zoom
         if draw.epoch < self.open_epochs and rng.random() < self.augment.mosaic:
-            samples = [self.load(number) for number in (index, *rng.integers(len(self), size=3).tolist())]
+            samples = [self.load(number, max_side) for number in (index, *_partners(draw, index, 3, rng))]
             return mosaic(samples, draw.size, self.augment, rng, stretch=self.stretch)
-        return random_perspective(self.load(index), draw.size, self.augment, rng, stretch=self.stretch)
+        return random_perspective(self.load(index, max_side), draw.size, self.augment, rng, stretch=self.stretch)
+
+    def _read(self, path: str, max_side: int) -> np.ndarray:
+        return reduced_to(read_image(path, self.channels), max_side)
+
+
+def _partners(draw: Draw, index: int, num: int, rng) -> list[int]:
+    """Neighbours of a draw other than ``index``, none twice while there are enough; without any, itself."""
+    others = [neighbour for neighbour in draw.neighbours if neighbour != index]
+    return np.resize(rng.permutation(others or [index]), num).tolist()

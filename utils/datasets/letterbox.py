@@ -41,6 +41,16 @@ def resize(image: np.ndarray, out: np.ndarray) -> None:
     cv2.resize(image, (out.shape[1], out.shape[0]), dst=out, interpolation=interpolation)
 
 
+def reduced_to(image: np.ndarray, max_side: int) -> np.ndarray:
+    """A picture [h, w, C] with no side longer than ``max_side``; itself where none is."""
+    (height, width), _ = fit(image.shape, (max_side, max_side), upscale=False)
+    if (height, width) == image.shape[:2]:
+        return image
+    out = np.empty((height, width, image.shape[2]), np.uint8)
+    resize(image, out)
+    return out
+
+
 def letterbox(
     image: np.ndarray, size: tuple[int, int], *, upscale: bool = True, fill: int = FILL, stretch: bool = False
 ) -> tuple[np.ndarray, Letterbox]:

@@ -19,6 +19,7 @@ from utils.outlines import fill_boxes
 from utils.structures import Batch, Sample, Targets
 
 ORDER, SIZES, SAMPLE = range(3)  # independent streams of chance under one seed
+NEIGHBOURS = 16  # pictures that are shown with one another: a batch of so many decodes each of them once
 
 
 class Draw(NamedTuple):
@@ -28,6 +29,7 @@ class Draw(NamedTuple):
     position: int  # place in the epoch's order, over all ranks; with the epoch and the seed it decides all chance
     index: int  # which record
     size: tuple[int, int]  # H, W
+    neighbours: tuple[int, ...] = ()  # records that may be shown with this one, itself among them
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -45,6 +47,10 @@ class TrainSampler(Sampler):
     ranks see what one rank of doubled batch size sees. The order is lengthened to a multiple of ``world`` from its own
     beginning, so that all ranks always have equally many equally large batches. The last batch of an epoch may be
     smaller; nothing is dropped, and fewer pictures than a batch still train.
+
+    Partners of a mosaic are a picture's neighbours in the order: NEIGHBOURS places in a row, whatever the batch size,
+    the ranks and the workers are. So a batch needs hardly more pictures than it has samples, and a worker decodes
+    them once (as ultralytics does with a buffer of the pictures read last, which is another one in every worker).
 
     Args:
         num: pictures.
@@ -98,8 +104,8 @@ class TrainSampler(Sampler):
             share = len(indices) // self.world
             first = self.rank * share
             position, size = int(numbers[place]) * block + first, self._size(place, indices)
-            mine = indices[first : first + share].tolist()
-            yield [Draw(self.epoch, position + row, index, size) for row, index in enumerate(mine)]
+            mine = enumerate(indices[first : first + share].tolist(), start=position)
+            yield [Draw(self.epoch, number, index, size, _neighbours(order, number)) for number, index in mine]
 
     def _order(self) -> np.ndarray:
         """Which picture at which position, over all ranks."""
@@ -125,6 +131,12 @@ class TrainSampler(Sampler):
             return size
         factor = generator(self.seed, SIZES, self.epoch, place).uniform(low, high)
         return tuple(max(1, round(side * factor / self.stride)) * self.stride for side in size)
+
+
+def _neighbours(order: np.ndarray, position: int) -> tuple[int, ...]:
+    """The NEIGHBOURS records around a place of the order; the last ones of an order have as many."""
+    first = max(0, min(position // NEIGHBOURS * NEIGHBOURS, len(order) - NEIGHBOURS))
+    return tuple(order[first : first + NEIGHBOURS].tolist())
 
 
 class EvalSampler(Sampler):

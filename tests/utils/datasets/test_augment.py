@@ -209,23 +209,77 @@ def test_empty_pictures():
         assert result.boxes.shape == (0, 4) and result.boxes.dtype == np.float32
 
 
+HSV = Augment(hsv_h=0.05, hsv_s=0.4, hsv_v=0.3)
+
+
 def test_hsv_changes_each_of_the_three_by_its_own_range():
-    """Hue turns evenly, saturation and value are multiplied: read back from colours where nothing clips."""
-    colour = np.uint8([[[150, 75, 60]]])
-    image = np.tile(colour, (4, 4, 1))
-    sample = painted((4, 4), (0, 0, 2, 2)).replace(image=image)
+    """Hue turns evenly, saturation and brightness are multiplied: read back from a colour where nothing clips."""
+    sample = painted((4, 4), (0, 0, 2, 2)).replace(image=np.tile(np.uint8([[[150, 75, 60]]]), (4, 4, 1)))
     rng = np.random.default_rng(0)
-    float_hsv = cv2.cvtColor(colour.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)[0, 0]
-    augment = Augment(hsv_h=0.05, hsv_s=0.4, hsv_v=0.3)
-    seen = np.array([hsv(sample, augment, rng).image[0, 0] for _ in range(400)], np.float32)
-    moved = cv2.cvtColor(seen[None] / 255, cv2.COLOR_RGB2HSV)[0]
-    hue = (moved[:, 0] - float_hsv[0] + 180) % 360 - 180
-    saturation, value = moved[:, 1] / float_hsv[1] - 1, moved[:, 2] / float_hsv[2] - 1
-    for change, limit, slack in ((hue, 18, 2.5), (saturation, 0.4, 0.03), (value, 0.3, 0.02)):
+    seen = np.array([sample.image[0, 0], *(hsv(sample, HSV, rng).image[0, 0] for _ in range(400))], np.float64)
+    brightness = seen.mean(1)
+    # the plane of colours of one brightness: red lies along x, green at 120 degrees
+    plane = (seen - brightness[:, None]) @ [1, np.exp(2j * np.pi / 3), np.exp(-2j * np.pi / 3)]
+    hue = np.degrees(np.angle(plane[1:] / plane[0]))
+    saturation = abs(plane[1:] / plane[0]) / (brightness[1:] / brightness[0]) - 1
+    for change, limit, slack in (
+        (hue, 18, 1),
+        (saturation, 0.4, 0.02),
+        (brightness[1:] / brightness[0] - 1, 0.3, 0.01),
+    ):
         assert limit * 0.9 < change.max() < limit + slack and -limit - slack < change.min() < -limit * 0.9
         assert abs(change.mean()) < limit * 0.12
         assert abs(change.std() - limit / 3**0.5) < limit * 0.1  # uniform
-    assert abs(np.corrcoef([hue, saturation, value]) - np.eye(3)).max() < 0.15
+    assert abs(np.corrcoef([hue, saturation, brightness[1:]]) - np.eye(3)).max() < 0.15
+
+
+def test_hsv_changes_pictures_as_much_as_a_round_trip_through_hsv_does():
+    """Distributions over pictures of mean saturation, mean value and contrast, against the way of YOLOv5."""
+    augment = Augment(hsv_h=0.015, hsv_s=0.7, hsv_v=0.4)
+
+    def round_trip(image, rng):
+        turn, *gains = rng.uniform(-1, 1, 3) * (augment.hsv_h, augment.hsv_s, augment.hsv_v)
+        values = np.arange(256.0)
+        tables = [(values + turn * 180).round() % 180, *(np.clip(values * (1 + gain), 0, 255) for gain in gains)]
+        table = np.stack(tables, axis=1).round().astype(np.uint8)[None]
+        return cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table), cv2.COLOR_HSV2RGB)
+
+    def statistics(image):
+        colours = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[..., 1:].astype(np.float64)
+        return [*colours.mean((0, 1)), colours[..., 1].std()]
+
+    changes = []
+    for number in range(300):
+        rng = np.random.default_rng(number)
+        # as in photographs: grey light and shadow, and a weaker colour of its own in each region
+        light = cv2.resize(rng.uniform(40, 210, (6, 6, 1)), (32, 32))[..., None]
+        image = np.clip(light + cv2.resize(rng.normal(0, 20, (4, 4, 3)), (32, 32)), 0, 255).astype(np.uint8)
+        fast = hsv(painted((32, 32), (0, 0, 2, 2)).replace(image=image), augment, np.random.default_rng((1, number)))
+        slow = round_trip(image, np.random.default_rng((1, number)))
+        before = statistics(image)
+        changes.append([np.divide(statistics(after), before) for after in (fast.image, slow)])
+    fast, slow = np.array(changes).transpose(1, 2, 0)
+    for ours, theirs, within in zip(fast, slow, (0.18, 0.05, 0.15)):
+        ours_spread, theirs_spread = (np.quantile(change, (0.05, 0.25, 0.5, 0.75, 0.95)) for change in (ours, theirs))
+        assert abs(ours_spread - theirs_spread).max() < within
+        assert np.corrcoef(ours, theirs)[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("size", [(256, 256), (224, 352)])
+def test_crop_and_resize_show_what_a_warp_shows(size, monkeypatch):
+    """The short way of an upright mosaic against the warp of every tile: the same objects, at the same places."""
+    for seed in range(20):
+        samples = list(four(np.random.default_rng(seed)))
+        samples = [sample.replace(image=cv2.blur(sample.image, (9, 9))) for sample in samples]
+        short = mosaic(samples, size, UPRIGHT, np.random.default_rng(seed))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_is_upright", lambda matrix: False)
+            long = mosaic(samples, size, UPRIGHT, np.random.default_rng(seed))
+        assert abs(short.image.astype(int) - long.image).mean() < 1.5
+        shared = sorted(set(short.labels) & set(long.labels))
+        assert len(short.labels) + len(long.labels) - 2 * len(shared) <= 1  # one may be at the edge of being dropped
+        for label in shared:
+            np.testing.assert_allclose(short.boxes[short.labels == label], long.boxes[long.labels == label], atol=1.0)
 
 
 def test_recipe_values_out_of_range_are_named_together():

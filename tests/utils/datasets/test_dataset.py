@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from painted import paint_records
 
-from utils.datasets.augment import Augment
+from utils.datasets import dataset as dataset_module
+from utils.datasets.augment import Augment, mosaic
 from utils.datasets.dataset import DetectionDataset
 from utils.datasets.images import read_image
 from utils.datasets.letterbox import letterbox
@@ -72,6 +73,45 @@ def test_the_last_epochs_go_without_mosaic_and_mixup(records):
     for epochs in (None, 10):  # nothing is closed where nothing was asked for
         always = DetectionDataset(records, augment=Augment(mosaic=1), epochs=epochs)
         assert not np.array_equal(always[draw._replace(epoch=9)].image, plain[draw].image)
+
+
+def test_neighbours_are_shown_and_read_once(records, monkeypatch):
+    """Mosaics and mixups of a batch show its neighbours only, each decoded once, and none twice in a mosaic."""
+    read, shown = [], []
+    monkeypatch.setattr(dataset_module, "read_image", lambda path, channels: read.append(path) or read_image(path))
+    monkeypatch.setattr(
+        dataset_module,
+        "mosaic",
+        lambda samples, *rest, **options: shown.append(samples) or mosaic(samples, *rest, **options),
+    )
+    dataset = DetectionDataset(records, augment=dataclasses.replace(EVERYTHING, mosaic=1, mixup=1))
+    neighbours = (1, 2, 5, 6, 7)
+    for row, index in enumerate(neighbours):
+        dataset[Draw(0, row, index, (64, 64), neighbours)]
+    assert sorted(read) == [records[index].path for index in neighbours]
+    for samples in shown:
+        assert len({sample.info.id for sample in samples}) == 4 and {sample.info.id for sample in samples} <= {
+            *neighbours
+        }
+    assert len(shown) == 10 and len({sample.info.id for samples in shown[::2] for sample in samples[1:]}) == 5
+
+
+def test_what_is_remembered_changes_no_sample(records):
+    """Pixels held for the neighbours are never painted on, whatever is done to a sample."""
+    neighbours = tuple(range(8))
+    used = DetectionDataset(records, augment=EVERYTHING)
+    for row in range(40):
+        draw = Draw(row // 8, row, row % 8, (64, 64 + row % 2 * 32), neighbours)
+        assert_equal(used[draw], DetectionDataset(records, augment=EVERYTHING)[draw])
+
+
+def test_large_pictures_are_held_at_the_size_their_largest_zoom_shows(tmp_path):
+    (record,) = paint_records(tmp_path, 1, sizes=((600, 800),))
+    dataset = DetectionDataset([record], augment=Augment(scale=0.5))
+    sample = dataset.load(0, 192)
+    assert sample.image.shape == (144, 192, 3)
+    np.testing.assert_allclose(sample.boxes, record.boxes * 0.24, rtol=1e-5)
+    assert dataset.load(0).image.shape == (600, 800, 3)
 
 
 def test_records_are_held_as_arrays(records):

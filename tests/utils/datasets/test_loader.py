@@ -10,7 +10,7 @@ from painted import paint_records
 
 from utils.datasets.augment import Augment
 from utils.datasets.dataset import DetectionDataset
-from utils.datasets.loader import Draw, EvalSampler, TrainSampler, balance_weights, build_loader, collate
+from utils.datasets.loader import NEIGHBOURS, Draw, EvalSampler, TrainSampler, balance_weights, build_loader, collate
 from utils.errors import ResourceError, UserError
 
 AUGMENT = Augment(hsv_v=0.4, degrees=5, translate=0.1, scale=0.5, fliplr=0.5, mosaic=0.8, mixup=0.2)
@@ -84,6 +84,24 @@ def test_resume_inside_an_epoch_leaves_the_remaining_draws(start, rect):
     rest.set_epoch(6, start=start)
     assert list(rest) == list(whole)[start:]
     assert len(rest) == len(whole) == 7
+
+
+@pytest.mark.parametrize("rect", [False, True])
+def test_neighbours_depend_on_the_place_alone(rect):
+    """Not on batch size, ranks, or where an epoch is entered; a batch of NEIGHBOURS needs no picture beside its own."""
+    sizes = np.random.default_rng(0).integers(50, 90, (45, 2)) if rect else None
+    one = TrainSampler(45, NEIGHBOURS, size=SIZE, seed=3, image_sizes=sizes)
+    reference = {draw.position: draw for draw in draws(one)}
+    for batch in one:
+        if len(batch) == NEIGHBOURS:
+            assert {draw.index for draw in batch} == set(batch[0].neighbours)
+    for draw in reference.values():
+        assert draw.index in draw.neighbours and len(set(draw.neighbours)) == NEIGHBOURS
+    for batch_size in (3, 5, 15):  # divisors of 45: no place is shown twice
+        for rank in range(3):
+            other = TrainSampler(45, batch_size, size=SIZE, seed=3, image_sizes=sizes, rank=rank, world=3)
+            assert all(draw.neighbours == reference[draw.position].neighbours for draw in draws(other))
+    assert all(len(draw.neighbours) == 5 for draw in draws(TrainSampler(5, 16, size=SIZE)))
 
 
 def test_multi_scale_sizes():
