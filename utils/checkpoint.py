@@ -2,11 +2,12 @@
 
 Tensor names: ``model.*`` ``ema.*`` (state dicts), ``criterion.*``, ``optim.<parameter>.<slot>``, ``rng.*``.
 Header (``meta``): ``format`` (version), ``cfg`` (text), ``names``, ``recipe``, ``args``, ``epoch`` (the next one),
-``step`` (optimiser steps done), ``ema_updates``, ``best`` (fitness and epoch), ``sha256`` of the tensors.
+``step`` (optimiser steps done), ``ema_updates``, ``best`` (fitness and epoch), ``sha256`` of all else.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, distrust
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".safetensors"
+CHECKSUM = "sha256"
 
 
 def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -30,15 +32,20 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapp
     Raises:
         ResourceError: folder not writable, disk full; the old file is untouched.
     """
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    header = {**meta, "format": FORMAT, "sha256": fingerprint(tensors)}
-    data = save(tensors, metadata={"matchbox": json.dumps(header)})
     with atomic_write(path) as file:
-        file.write(data)
+        file.write(checkpoint_bytes(tensors, meta))
+
+
+def checkpoint_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+    """What a checkpoint file holds."""
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    header = json.loads(json.dumps({**meta, "format": FORMAT}))  # as it will be read
+    header[CHECKSUM] = CHECKSUMS[FORMAT](tensors, header)
+    return save(tensors, metadata={"matchbox": json.dumps(header)})
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and meta of a checkpoint, verified.
+    """Tensors (on the CPU) and meta of a checkpoint, verified. Says so where others could have changed the file.
 
     Raises:
         UserError: not such a file, damaged, or written by a newer version.
@@ -52,31 +59,28 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
             if meta["format"] > FORMAT:
                 raise UserError(path, f"format {meta['format']}, this version reads up to {FORMAT}", "update Matchbox")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors handle, no dict
+        expected = CHECKSUMS[meta["format"]](tensors, meta)
+        reason = distrust(path)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(path, f"cannot read: {error.strerror or error}") from error
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(path, f"not a safetensors checkpoint, or damaged: {error}") from error
-    if fingerprint(tensors) != meta.get("sha256"):
-        raise UserError(path, "damaged: the tensors do not match their checksum", "use an older checkpoint")
+    if expected != meta.get(CHECKSUM):
+        raise UserError(path, "damaged: its contents do not match their checksum", "use an older checkpoint")
+    if reason:
+        print(f"warning: {path}: {reason}", file=sys.stderr)
     return tensors, meta
 
 
-def latest_valid(folder: str | Path) -> tuple[Path, list[UserError]]:
-    """The newest checkpoint of a folder that reads well, and why newer ones were passed over.
-
-    Raises:
-        UserError: there is none.
-    """
-    files = sorted(Path(folder).glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    damaged = []
-    for file in files:
-        try:
-            read_checkpoint(file)
-        except UserError as error:
-            damaged.append(error)
-        else:
-            return file, damaged
-    raise UserError(folder, f"no readable checkpoint among {len(files)}", "; ".join(map(str, damaged)))
+def step_of(path: Path) -> int:
+    """Of the header alone, unverified; -1 where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(json.loads(file.metadata()["matchbox"])["step"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -87,6 +91,15 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _fingerprint_of_all(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """sha256 over the tensors' and the header without its own checksum."""
+    text = json.dumps({**header, CHECKSUM: fingerprint(tensors)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+CHECKSUMS = {1: lambda tensors, header: fingerprint(tensors), 2: _fingerprint_of_all}  # by format
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

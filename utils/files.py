@@ -3,12 +3,15 @@
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import ResourceError, UserError
+from utils.failpoints import failpoint
+
+PART = ".part"  # ends the name of a file that is being written
 
 
 def read_bytes(path: str | Path, expected: str, limit: int = -1) -> bytes:
@@ -31,19 +34,27 @@ def read_bytes(path: str | Path, expected: str, limit: int = -1) -> bytes:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(
+    path: str | Path, *, point: str = "file", before_rename: Callable[[Path], None] = lambda part: None
+) -> Iterator[BinaryIO]:
     """Open a new binary file that takes the place of ``path`` when the block ends well.
 
     A temporary file in the same folder (O_EXCL: nobody else's) is written, fsynced, renamed over ``path``, and the
     folder is fsynced. A crash or an exception at any moment leaves the old file as it was. A link at ``path`` is
-    replaced, never written through.
+    replaced, never written through. A folder that is not there, or no longer, is made.
+
+    Args:
+        point: what the failpoints of this write are called: ``point.open``, ``.fsync``, ``.replace``, ``.dirsync``.
+        before_rename: called with the temporary file when all of it is on the disk.
 
     Raises:
         ResourceError: the folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
+        failpoint(f"{point}.open")
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         raise ResourceError(path, f"cannot write: {error.strerror}") from error
@@ -51,8 +62,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
+            failpoint(f"{point}.fsync")
             os.fsync(file.fileno())
+        before_rename(part)
+        failpoint(f"{point}.replace")
         part.replace(path)
+        failpoint(f"{point}.dirsync")
         _sync_folder(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -62,6 +77,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what killed writers left in a folder that is ours alone: ``.NAME.xxxxxxxx.part``."""
+    for part in folder.glob(f".*.????????{PART}"):
+        part.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Replace a text file (UTF-8) in one piece."""
     with atomic_write(path) as file:
@@ -69,7 +90,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
+    """Make a rename itself survive a power cut."""
     if os.name != "posix":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -77,3 +98,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def distrust(path: str | Path) -> str:
+    """Why somebody else may have written this file; nothing where only its reader and root can."""
+    if os.name != "posix":
+        return ""
+    about = Path(path).stat()
+    if about.st_uid not in (0, os.geteuid()):
+        return f"belongs to another user (number {about.st_uid})"
+    return "anybody on this machine may change it (chmod o-w)" if about.st_mode & stat.S_IWOTH else ""

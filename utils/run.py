@@ -2,18 +2,19 @@
 
 import errno
 import os
+import platform
 import random
-import socket
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
 
-from utils.checkpoint import SUFFIX, Store
+from utils.checkpoint import SUFFIX
 from utils.distributed import broadcast, is_main, local_rank, world_size
 from utils.errors import ResourceError, UserError
 from utils.files import remove_parts
+from utils.store import Store
 
 try:
     import fcntl
@@ -100,14 +101,12 @@ def lock_run(folder: Path) -> TextIO:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             owner = file.read().strip() or "another process"
             file.close()
-            raise UserError(
-                folder, f"{owner} trains in this folder", "wait for its end, or leave --exist-ok"
-            ) from error
+            raise UserError(folder, f"{owner} trains in this folder", "wait for its end, or see --name") from error
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
     try:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         for mine in (folder, folder / WEIGHTS):
             remove_parts(mine)

@@ -11,7 +11,6 @@ from torch import nn
 
 from utils import checkpoint
 from utils.checkpoint import (
-    latest_valid,
     load_module,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -52,11 +51,10 @@ def test_any_flipped_byte_is_noticed(tmp_path):
         broken[place] ^= 1 << draw.randrange(8)
         path.write_bytes(broken)
         try:
-            tensors, meta = read_checkpoint(path)
+            _, meta = read_checkpoint(path)
         except UserError:
             continue
-        # only the plain values of the header are outside the checksum
-        assert torch.equal(tensors["model.a"], torch.arange(100.0)) and place < len(data) - 400, meta
+        raise AssertionError(f"byte {place} was changed unnoticed: {meta}")
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\xff" * 100, b"PK\x03\x04" + b"\0" * 50])
@@ -75,9 +73,10 @@ def test_foreign_and_newer_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"No such file|cannot read"):
         read_checkpoint(tmp_path / "none.safetensors")
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    monkeypatch.setitem(checkpoint.CHECKSUMS, 99, checkpoint.CHECKSUMS[2])
     write_checkpoint(path, TENSORS, META)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"format 99, this version reads up to 1"):
+    with pytest.raises(UserError, match=r"format 99, this version reads up to 2"):
         read_checkpoint(path)
 
 
@@ -118,22 +117,12 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
     assert (tmp_path / "last").read_bytes() == b"new" and not (tmp_path / "last").is_symlink()
 
 
-def test_missing_folder_is_a_resource_error(tmp_path):
-    with pytest.raises(ResourceError, match=r"cannot write"), atomic_write(tmp_path / "none" / "x"):
+def test_a_missing_folder_is_made_if_it_can_be(tmp_path):
+    with atomic_write(tmp_path / "new" / "x") as file:
+        file.write(b"data")
+    assert (tmp_path / "new" / "x").read_bytes() == b"data"
+    with pytest.raises(ResourceError, match=r"cannot write"), atomic_write(tmp_path / "new" / "x" / "y"):
         pass
-
-
-def test_latest_valid_passes_over_damaged_files(tmp_path):
-    for number, name in enumerate(("epoch1", "epoch2", "last")):
-        path = tmp_path / f"{name}.safetensors"
-        write_checkpoint(path, TENSORS, {**META, "epoch": number})
-        os.utime(path, (number, number))
-    path.write_bytes(path.read_bytes()[:-10])
-    os.utime(path, (9, 9))
-    found, damaged = latest_valid(tmp_path)
-    assert found.name == "epoch2.safetensors" and len(damaged) == 1
-    with pytest.raises(UserError, match=r"no readable checkpoint"):
-        latest_valid(tmp_path / "none")
 
 
 def test_a_checkpoint_of_another_network_is_refused():
