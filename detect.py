@@ -6,7 +6,7 @@ python detect.py --weights yolov3.weights --cfg yolov3.cfg --names data/coco.nam
 
 import argparse
 
-from utils.arguments import add_network, add_output, add_resize, add_thresholds, count
+from utils.arguments import add_limits, add_network, add_output, add_resize, add_thresholds, count
 from utils.errors import QuarantineError, UserError, nearest, run_main
 
 
@@ -22,6 +22,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="picture, folder, glob, list.txt, video, camera number, rtsp:// or http:// stream",
     )
     add_resize(seen)
+    add_limits(seen)
     seen.add_argument("--batch-size", type=count, default=8, metavar="N", help="default: 8; a stream has 1")
     seen.add_argument("--vid-stride", type=count, default=1, metavar="N", help="look at every N-th frame of a video")
     found = add_thresholds(parser, conf_thres=0.25, iou_thres=0.45)
@@ -58,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
 
     from models.loading import find_file, input_size, load_network, stretches
     from models.predictor import Predictor
+    from utils.datasets.limits import Limits
     from utils.datasets.records import read_names
     from utils.datasets.sources import open_source
     from utils.draw import draw_detections
@@ -87,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
 
     # the pictures; the first one is read before anything is written
     check_codec(args.fourcc)
-    source = open_source(args.source, channels=model.channels, stride=args.vid_stride)
+    source = open_source(args.source, channels=model.channels, stride=args.vid_stride, limits=Limits.of(args))
     folder = new_run(args.project, args.name, exist_ok=args.exist_ok)
     writer = ResultWriter(
         folder=folder,

@@ -7,7 +7,7 @@ python test.py --weights yolov3.weights --cfg yolov3.cfg --data coco.data --save
 import argparse
 from pathlib import Path
 
-from utils.arguments import add_network, add_output, add_resize, add_thresholds, count, whole
+from utils.arguments import add_bad_data, add_network, add_output, add_resize, add_thresholds, count, whole
 from utils.errors import UserError, nearest, run_main
 
 ROOT = Path(__file__).resolve().parent
@@ -29,6 +29,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     data.add_argument("--batch-size", type=count, default=16, metavar="N", help="default: 16")
     data.add_argument("--workers", type=whole, metavar="N", help="processes that load pictures (default: by the cores)")
     data.add_argument("--single-cls", action="store_true", help="count every object and every detection as one class")
+    add_bad_data(parser)
     found = add_thresholds(parser, conf_thres=0.001, iou_thres=0.6)
     found.add_argument(
         "--protocol", default="coco", help="what is reported beside COCO: voc07, voc12, darknet0, darknet11, darknet101"
@@ -45,7 +46,9 @@ def main(args: argparse.Namespace):
     from models.loading import find_file, input_size, load_network, stretches
     from models.predictor import Predictor
     from utils.datasets.dataset import DetectionDataset
+    from utils.datasets.limits import Limits
     from utils.datasets.loader import EvalSampler, build_loader
+    from utils.datasets.quarantine import refuse_bad, write_quarantine
     from utils.datasets.records import read_dataset
     from utils.evaluate import evaluate
     from utils.gallery import Gallery
@@ -63,11 +66,13 @@ def main(args: argparse.Namespace):
     cfg = find_file(args.cfg, "cfg") if args.cfg else None
 
     # data and network
-    data = read_dataset(args.data, args.task)
+    limits = Limits.of(args)
+    data = read_dataset(args.data, args.task, limits=limits)
     model = load_network(weights, cfg=cfg, names=None if args.single_cls else list(data.names)).model
     if model.cfg.has_masks:
-        data = read_dataset(args.data, args.task, masks=True)
+        data = read_dataset(args.data, args.task, masks=True, limits=limits)
     print(data.summary())
+    refuse_bad(data, limits.max_bad)
     size, stretch = input_size(args.img_size, model), stretches(args.resize, model)
     predict = Predictor(
         model,
@@ -86,6 +91,7 @@ def main(args: argparse.Namespace):
 
     # measure
     folder, names = new_run(args.project, args.name, exist_ok=args.exist_ok), list(data.names)
+    write_quarantine(folder, data.problems)
     predictions = Predictions(
         folder,
         data.records,

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.arguments import count, whole
+from utils.arguments import add_bad_data, count, whole
 from utils.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent
@@ -91,6 +91,8 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
     )
     machine.add_argument("--sync-bn", action="store_true", help="batch norm over all GPUs")
 
+    add_bad_data(parser)
+
     output = parser.add_argument_group("what to write, and where")
     output.add_argument("--project", default="runs/train", help="folder of all runs")
     output.add_argument("--name", default="exp", help="this run's folder in it; numbered if taken")
@@ -137,6 +139,8 @@ def train(args: argparse.Namespace, device) -> None:
     from models.predictor import Predictor
     from utils import distributed
     from utils.checkpoint import load_module, read_checkpoint, weights_of, write_checkpoint
+    from utils.datasets.limits import Limits
+    from utils.datasets.quarantine import write_quarantine
     from utils.datasets.splits import build_loaders, read_splits
     from utils.evaluate import evaluate
     from utils.files import write_text
@@ -155,7 +159,7 @@ def train(args: argparse.Namespace, device) -> None:
     if args.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn", "batch norms are synchronised on GPUs only", "leave it out")
     with distributed.main_first():
-        data = read_splits(args.data, single_cls=args.single_cls, masks=cfg.has_masks)
+        data = read_splits(args.data, single_cls=args.single_cls, masks=cfg.has_masks, limits=Limits.of(args))
     model, size, cfg = build_network(args, cfg, data.names, resumed)
     criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp, model.heads)
     train_loader, val_loader = build_loaders(
@@ -181,6 +185,7 @@ def train(args: argparse.Namespace, device) -> None:
     if distributed.is_main():
         for name, text in settings(args, recipe, cfg).items():
             write_text(run / name, text)
+        write_quarantine(run, data.problems)
     gallery = Gallery(run, data.names, logger)
     logger.say(f"{recipe.assigner['name']} + {recipe.loss['name']}, {precision.name} on {device}, {run}")
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from utils.datasets.limits import LIMITS
+
 
 def whole(text: str, least: int = 0) -> int:
     """A whole number from 0."""
@@ -53,6 +55,41 @@ def add_resize(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--resize", choices=["letterbox", "stretch"], help="how a picture is fitted (default: letter_box of the cfg)"
     )
+
+
+def add_limits(group: argparse._ArgumentGroup) -> None:
+    """Which pictures are taken."""
+    group.add_argument(
+        "--max-pixels",
+        type=count,
+        default=LIMITS.max_pixels,
+        metavar="N",
+        help=f"larger pictures are set aside (default: {LIMITS.max_pixels})",
+    )
+    group.add_argument(
+        "--allow-truncated", action="store_true", help="take JPEGs that are cut off; what is missing becomes grey"
+    )
+
+
+def add_bad_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What may be wrong with the data."""
+    group = parser.add_argument_group("what may be wrong with the data")
+    group.add_argument(
+        "--max-bad",
+        type=fraction,
+        default=LIMITS.max_bad,
+        metavar="SHARE",
+        help=f"of pictures or rows that may be set aside (default: {LIMITS.max_bad})",
+    )
+    group.add_argument(
+        "--strict",
+        dest="max_bad",
+        action="store_const",
+        const=0.0,
+        help="same as --max-bad 0: nothing may be set aside, and no picture may be in two splits",
+    )
+    add_limits(group)
+    return group
 
 
 def add_thresholds(parser: argparse.ArgumentParser, *, conf_thres: float, iou_thres: float) -> argparse._ArgumentGroup:

@@ -34,6 +34,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from utils.datasets.limits import LIMITS, Limits
 from utils.errors import UserError
 
 T = TypeVar("T")
@@ -82,16 +83,6 @@ TURNS = {
 
 class ImageError(UserError):
     """A picture that cannot be used. Its text names the file."""
-
-
-class Limits(NamedTuple):
-    """Which pictures are taken at all; the same for everything that reads them."""
-
-    max_pixels: int = 50_000_000
-    allow_truncated: bool = False  # JPEGs without their end, whose missing part a decoder fills with grey
-
-
-LIMITS = Limits()
 
 
 class Header(NamedTuple):

@@ -19,7 +19,7 @@ from utils.datasets.formats.pictures import Source
 from utils.datasets.formats.rows import KEPT, POLICIES, QUARANTINED, Annotated, Problem, Problems
 from utils.datasets.formats.voc import read_voc
 from utils.datasets.formats.yolo import read_yolo
-from utils.datasets.images import LIMITS, Limits
+from utils.datasets.limits import LIMITS, Limits
 from utils.errors import QuarantineError, UserError, nearest
 from utils.structures import Record
 

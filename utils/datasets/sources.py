@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.datasets.formats.pictures import read_lines
 from utils.datasets.images import IMAGE_SUFFIXES, read_image
+from utils.datasets.limits import LIMITS, Limits
 from utils.errors import UserError
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".webm", ".ts"}
@@ -50,7 +51,7 @@ class Source:
         return self.frames
 
 
-def open_source(text: str, *, channels: int = 3, stride: int = 1) -> Source:
+def open_source(text: str, *, channels: int = 3, stride: int = 1, limits: Limits = LIMITS) -> Source:
     """The frames behind what a user typed; the first one is read at once.
 
     Args:
@@ -58,6 +59,7 @@ def open_source(text: str, *, channels: int = 3, stride: int = 1) -> Source:
             or an ``rtsp://`` / ``http(s)://`` stream.
         channels: 3 (RGB) or 1 (grey).
         stride: keep every stride-th frame of a video.
+        limits: which pictures are taken.
 
     Raises:
         UserError: nothing found, nothing of it can be read, or the camera, video or stream does not open.
@@ -69,7 +71,7 @@ def open_source(text: str, *, channels: int = 3, stride: int = 1) -> Source:
         source = Source(iter(()), live=True)
         source.frames = _read_video(text, without_password(text), channels, stride, source)
     else:
-        source = _open_files(_paths(text), channels, stride)
+        source = _open_files(_paths(text), channels, stride, limits)
     first = next(source.frames, None)
     if first is None:
         raise UserError(text, f"none of {source.num_files} files can be read", f"first: {source.problems[0]}")
@@ -119,7 +121,7 @@ def _usable(files, where: object, message: str) -> list[Path]:
     return usable
 
 
-def _open_files(paths: list[Path], channels: int, stride: int) -> Source:
+def _open_files(paths: list[Path], channels: int, stride: int, limits: Limits) -> Source:
     """Still pictures and videos, one after the other. A file that is alone must be readable."""
     source = Source(iter(()), num_files=len(paths))
     if not any(map(_is_video, paths)):
@@ -131,7 +133,7 @@ def _open_files(paths: list[Path], channels: int, stride: int) -> Source:
                 if _is_video(path):
                     yield from _read_video(str(path), str(path), channels, stride, source)
                 else:
-                    yield Frame(image=read_image(path, channels), path=str(path))
+                    yield Frame(image=read_image(path, channels, limits=limits), path=str(path))
             except UserError as error:
                 if len(paths) == 1:
                     raise

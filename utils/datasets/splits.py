@@ -8,10 +8,13 @@ from torch.utils.data import DataLoader
 from utils.datasets.augment import Augment
 from utils.datasets.cache import build_cache
 from utils.datasets.dataset import DetectionDataset
+from utils.datasets.limits import LIMITS, Limits
 from utils.datasets.loader import EvalSampler, TrainSampler, balance_weights, build_loader
-from utils.datasets.records import read_dataset
+from utils.datasets.overlap import shared_pictures
+from utils.datasets.quarantine import refuse_bad
+from utils.datasets.records import Problem, read_dataset
 from utils.distributed import is_main, main_first, rank, world_size
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.structures import Record
 
 
@@ -21,24 +24,55 @@ class Splits(NamedTuple):
     names: list[str]
     train: list[Record]
     val: list[Record]
+    problems: tuple[Problem, ...] = ()  # what is not as it should be in either
+    fingerprint: str = ""  # of both: a run that continues must see the same
+    limits: Limits = LIMITS
 
 
-def read_splits(path: str | Path, *, single_cls: bool = False, masks: bool = False) -> Splits:
+def read_splits(path: str | Path, *, single_cls: bool = False, masks: bool = False, limits: Limits = LIMITS) -> Splits:
     """Both splits; says what is in them and what is wrong with them.
 
     Args:
         single_cls: all classes are one.
         masks: with the outlines of the objects.
+        limits: which pictures are taken, and how many may be bad.
 
     Raises:
-        UserError: as ``read_dataset``.
+        UserError: as ``read_dataset``; splits with other classes; with no tolerance, a picture in both.
+        QuarantineError: too much of a split is bad.
     """
-    splits = [read_dataset(path, split, masks=masks) for split in ("train", "val")]
+    splits = [read_dataset(path, split, masks=masks, limits=limits) for split in ("train", "val")]
     if is_main():
         print("\n".join(split.summary() for split in splits))
+    train, val = splits
+    if train.names != val.names:
+        found = f"the training split has the classes {', '.join(train.names)}, the other one {', '.join(val.names)}"
+        raise UserError(path, found, "write them into a data yaml: names: [...]")
+    for split in splits:
+        refuse_bad(split, limits.max_bad)
+    _check_overlap(path, train.records, val.records, limits)
     if single_cls:
-        splits = [split.as_single_class() for split in splits]
-    return Splits(list(splits[0].names), *(split.records for split in splits))
+        train, val = train.as_single_class(), val.as_single_class()
+    return Splits(
+        names=list(train.names),
+        train=train.records,
+        val=val.records,
+        problems=(*train.problems, *val.problems),
+        fingerprint=f"{train.fingerprint()}{val.fingerprint()}",
+        limits=limits,
+    )
+
+
+def _check_overlap(path: str | Path, train: list[Record], val: list[Record], limits: Limits) -> None:
+    """Say how many pictures are in both splits; an error where nothing bad is allowed."""
+    shared = shared_pictures(train, val)
+    if not shared:
+        return
+    found = f"{len(shared)} training pictures are validation pictures, too, such as {printable(shared[0][0])}"
+    if limits.max_bad == 0:
+        raise UserError(path, found, "what is measured on them says nothing")
+    if is_main():
+        print(f"warning: {path}: {found}")
 
 
 def build_loaders(

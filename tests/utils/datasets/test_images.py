@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from utils.datasets.images import LIMITS, ImageError, Limits, decode_image, probe, read_image
+from utils.datasets.images import ImageError, decode_image, probe, read_image
+from utils.datasets.limits import LIMITS, Limits
 
 H, W = 30, 40
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.datasets.formats.rows import KEPT, QUARANTINED, Problems
-from utils.datasets.images import IMAGE_SUFFIXES, LIMITS, Header, ImageError, Limits, inspect
+from utils.datasets.images import IMAGE_SUFFIXES, Header, ImageError, inspect
+from utils.datasets.limits import LIMITS, Limits
 from utils.errors import UserError
 from utils.files import read_bytes
 
