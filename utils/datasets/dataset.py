@@ -72,12 +72,16 @@ class DetectionDataset(Dataset):
             sample = mixup(sample, self._view(draw, other, rng), rng)
         return flip(hsv(sample, self.augment, rng), self.augment, rng)
 
+    def path(self, index: int) -> str:
+        """The file of a picture."""
+        return os.fsdecode(self._paths[index])
+
     def load(self, index: int, max_side: int | None = None) -> Sample:
         """The picture as it is read, with its boxes in its pixels (a cached one may be smaller than the original).
 
         With ``max_side`` it is reduced to that, and remembered: whoever loads it soon again shares its pixels.
         """
-        path, (height, width) = os.fsdecode(self._paths[index]), self.sizes[index].tolist()
+        path, (height, width) = self.path(index), self.sizes[index].tolist()
         if self.cache is not None:
             image = self.cache[index]
         elif max_side is None:
@@ -109,7 +113,7 @@ class DetectionDataset(Dataset):
 
     def _view(self, draw: Draw, index: int, rng) -> Sample:
         """One augmented sample before colour and mirroring: a mosaic around a picture, or the picture alone."""
-        max_side = round(max(draw.size) * (1 + self.augment.scale))  # more is not seen even at the largest zoom
+        max_side = 2 * max(draw.size)  # more is not seen even at the largest zoom
         if draw.epoch < self.open_epochs and rng.random() < self.augment.mosaic:
             samples = [self.load(number, max_side) for number in (index, *_partners(draw, index, 3, rng))]
             return mosaic(samples, draw.size, self.augment, rng, stretch=self.stretch)

@@ -4,17 +4,14 @@ A sampler hands out ``Draw``s: everything that a sample depends on. So a sample 
 however far ahead, and a run that resumes in the middle of an epoch continues with exactly the batches that were left.
 """
 
-import random
 from collections.abc import Iterator, Sequence
-from multiprocessing import get_all_start_methods
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
-from utils.errors import UserError
+from utils.datasets.workers import Loader
 from utils.outlines import fill_boxes
 from utils.structures import Batch, Sample, Targets
 
@@ -220,63 +217,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(images=images, targets=targets, infos=tuple(sample.info for sample in samples))
 
 
-def build_loader(dataset, sampler: Sampler, *, workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """DataLoader of ``Batch`` over ``dataset[draw]`` for the draws of a batch sampler.
-
-    Workers live as long as the loader: an epoch reaches them in its draws. Set the sampler's epoch before iterating.
-    A UserError in a worker is raised here as itself. Workers are forked where the system can, so that they share the
-    data set's arrays and cache.
-    """
-    options = {}
-    if workers:
-        method = "fork" if "fork" in get_all_start_methods() else None
-        options = {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": method}
-    return _Loader(
-        _Carrier(dataset),
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_collate_or_carry,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(0),  # else the loader would draw from the run's own stream
-        **options,
-    )
-
-
-def _start_worker(worker: int) -> None:
-    """One thread per worker (they are the parallelism), and no generator left as the parent had it."""
-    cv2.setNumThreads(0)
-    random.seed(worker)
-    np.random.seed(worker)
-    torch.manual_seed(worker)
-
-
-class _Carrier(Dataset):
-    """Lets a UserError travel as a value: torch rebuilds exceptions of a worker from their text alone."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, draws: list[Draw]) -> list[Sample] | UserError:
-        try:
-            return [self.dataset[draw] for draw in draws]
-        except UserError as error:
-            return error
-
-
-def _collate_or_carry(samples: list[Sample] | UserError) -> Batch | UserError:
-    return samples if isinstance(samples, UserError) else collate(samples)
-
-
-class _Loader(DataLoader):
-    def __iter__(self):
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                try:
-                    raise batch
-                finally:
-                    del batch  # else its traceback would hold this frame, and the workers would live until collected
-            yield batch
+def build_loader(dataset, sampler: Sampler, *, workers: int = 0, pin_memory: bool = False) -> Loader:
+    """Loader of ``Batch`` over ``dataset[draw]`` for the draws of a batch sampler."""
+    return Loader(dataset, sampler, collate, workers=workers, pin_memory=pin_memory)

@@ -1,0 +1,234 @@
+"""Processes that make batches, and what becomes of a training when one of them dies or hangs.
+
+A batch is a function of its draws, so new processes go on where lost ones stopped, with the batches that those would
+have made. Once per epoch; then something is wrong that trying does not cure.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from utils.errors import ResourceError, UserError
+from utils.failpoints import failpoint
+
+try:
+    import resource
+except ImportError:  # Windows, which has no limit of this kind
+    resource = None
+
+PREFETCH = 4  # batches that a process makes ahead
+POLL = 5.0  # seconds between two looks at whether the processes live
+PATIENCE = 300.0  # seconds without a batch, after which a process is said to hang
+DIED, TIMED_OUT, INSIDE = "DataLoader worker (pid", "DataLoader timed out", "Caught "  # how torch's errors begin
+SHARED_MEMORY = Path("/dev/shm")  # where batches wait, on Linux
+OPEN_FILES, FILES_PER_BATCH = 128, 8  # of a program; of a batch on its way
+
+
+class LostWorkerError(Exception):
+    """A process that makes batches is dead or hangs."""
+
+
+class Loader:
+    """Batches of ``dataset`` for the draws of a batch sampler, ``len`` and iteration as of a DataLoader.
+
+    Processes live as long as the loader: an epoch reaches them in its draws. Set the sampler's epoch before iterating.
+    They are forked where the system can, so that they share the data set's arrays and cache. A UserError in one is
+    raised here as itself.
+
+    Raises:
+        ResourceError: while iterating: a process died or hung for the second time; names the files that were read.
+    """
+
+    def __init__(self, dataset, batch_sampler: Sampler, collate: Callable, *, workers: int, pin_memory: bool):
+        self.dataset, self.batch_sampler, self.collate = dataset, batch_sampler, collate
+        self.workers, self.pin_memory = workers, pin_memory
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        self.context = multiprocessing.get_context(method)
+        self.loader: DataLoader | None = None
+        self.doing = self.context.Array("q", workers, lock=False)  # 1 + the record that each is reading, or 0
+        self.pids = self.context.Array("q", workers, lock=False)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator:
+        done, lost = 0, False
+        while True:
+            batches = self._batches(done)
+            try:
+                for batch in batches:
+                    if isinstance(batch, UserError):
+                        try:
+                            raise batch
+                        finally:
+                            del batch  # its traceback would hold this frame, and the processes would live with it
+                    yield batch
+                    done += 1
+                return
+            except LostWorkerError as error:
+                files = ", ".join(self._files_in_work()) or "between two pictures"
+                if lost:
+                    raise ResourceError(
+                        f"--workers {self.workers}", f"{error}, again; at work: {files}", "--workers 0 shows where"
+                    ) from error
+                print(f"warning: {error}; at work: {files}; once more with new workers", file=sys.stderr)
+                lost = True
+            finally:
+                batches.close()
+
+    def _batches(self, first: int) -> Iterator:
+        """Batches from number ``first`` of the epoch on. Leaves no process in doubt behind."""
+        whole = first == 0
+        if self.loader is None or not whole:
+            draws = self.batch_sampler if whole else list(itertools.islice(self.batch_sampler, first, None))
+            loader = self._make(draws)
+        else:
+            loader = self.loader
+        self.loader = None
+        try:
+            batches = iter(loader)
+            _let_children_die_quietly()
+            yield from _patiently(batches) if self.workers else batches
+            if whole:
+                self.loader = loader
+        finally:
+            if self.loader is None:  # died, hung, or not wanted any more: what they still make is of no use
+                for process in multiprocessing.active_children():
+                    if process.pid in set(self.pids):
+                        process.kill()
+
+    def _make(self, draws: Sampler | Sequence) -> DataLoader:
+        options = {}
+        if self.workers:
+            options = {"persistent_workers": True, "prefetch_factor": PREFETCH, "multiprocessing_context": self.context}
+            options |= {"timeout": POLL, "worker_init_fn": functools.partial(_start_worker, self.pids)}
+        return DataLoader(
+            _Carrier(self.dataset, self.doing),
+            batch_sampler=draws,
+            num_workers=self.workers,
+            collate_fn=functools.partial(_collate_or_carry, self.collate),
+            pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(0),  # else the loader would draw from the run's own stream
+            **options,
+        )
+
+    def _files_in_work(self) -> list[str]:
+        return [self.dataset.path(number - 1) for number in self.doing if number]
+
+
+def _patiently(batches: Iterator) -> Iterator:
+    """The same batches. Raises LostWorkerError where one does not come; torch alone would wait for ever."""
+    since = time.monotonic()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            text = str(error)
+            if text.startswith(INSIDE) or (isinstance(error, RuntimeError) and not text.startswith((DIED, TIMED_OUT))):
+                raise
+            if text.startswith(TIMED_OUT) and time.monotonic() - since < PATIENCE:
+                continue
+            hung = f"no batch for {PATIENCE:.0f} s"
+            raise LostWorkerError(hung if text.startswith(TIMED_OUT) else text.splitlines()[0]) from error
+        yield batch
+        since = time.monotonic()
+
+
+def _let_children_die_quietly() -> None:
+    """Take back torch's SIGCHLD handler, which raises an error wherever the program is: amid a step, too. The
+    next batch that is asked for finds out soon enough.
+    """
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "").startswith("torch."):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------- in the processes
+
+
+def _start_worker(pids, worker: int) -> None:
+    """One thread per process (they are the parallelism), no generator left as the parent had it, no Ctrl-C: that is for
+    the parent, which still wants its batch.
+    """
+    pids[worker] = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cv2.setNumThreads(0)
+    random.seed(worker)
+    np.random.seed(worker)
+    torch.manual_seed(worker)
+
+
+class _Carrier(Dataset):
+    """Notes what it reads, and lets a UserError travel as a value: torch rebuilds exceptions from their text alone."""
+
+    def __init__(self, dataset, doing):
+        self.dataset, self.doing = dataset, doing
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, draws: list) -> list | UserError:
+        failpoint("loader")
+        try:
+            return [self._sample(draw) for draw in draws]
+        except UserError as error:
+            return error
+
+    def _sample(self, draw):
+        worker = get_worker_info()
+        if worker is None:
+            return self.dataset[draw]
+        self.doing[worker.id] = 1 + draw.index
+        try:
+            return self.dataset[draw]
+        finally:
+            self.doing[worker.id] = 0
+
+
+def _collate_or_carry(collate: Callable, samples: list | UserError):
+    return samples if isinstance(samples, UserError) else collate(samples)
+
+
+# ---------------------------------------------------------------------------------------------- before they start
+
+
+def check_room(workers: int, batch_bytes: int) -> None:
+    """Whether batches of two loaders (training and validation) find room on their way. Raises the limit of open files
+    as far as the system lets it.
+
+    Raises:
+        ResourceError: too little shared memory, too few open files.
+    """
+    if not workers:
+        return
+    where, batches = f"--workers {workers}", 2 * workers * PREFETCH
+    if SHARED_MEMORY.is_dir():
+        free, needed = shutil.disk_usage(SHARED_MEMORY).free, batches * batch_bytes
+        if free < needed:
+            found = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, batches on their way need {needed / 1e6:.0f} MB"
+            raise ResourceError(where, found, "docker run --shm-size 2g, or --workers 0")
+    if resource is not None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = OPEN_FILES + FILES_PER_BATCH * batches
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ResourceError(where, f"{hard} open files are allowed, {needed} needed", "ulimit -n, or --workers 0")
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
