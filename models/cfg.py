@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from models.section import CfgError, Option, Problem, Section, clip, raise_errors
 from utils.errors import UserError
+from utils.files import read_bytes
 
 ALIASES = {
     "network": "net",
@@ -28,11 +28,11 @@ ALIASES = {
     "lrn": "normalization",
     "silence": "empty",
 }
-MAX_BYTES = 16 << 20
+MAX_BYTES = 1 << 20  # the longest known cfg has 50 kB
 MAX_SECTIONS = 4000  # the longest known cfg has about 800; a generated one of 20 000 is a mistake or an attack
 
 _TEXT_AFTER_NUMBER = re.compile(r"(?<=[0-9.])\s+[^\s0-9.,+-].*$")
-_JOINED = re.compile(r"[^\s,]+(\s+[^\s,]+)+")
+_COMMENT = re.compile(r"[#;]")
 _SPACE_INSIDE = re.compile(r"(?<=[^\s,])\s+(?=[^\s,])")
 
 
@@ -92,19 +92,15 @@ class Cfg:
 
 
 def read_cfg(path, strict: bool = True) -> Cfg:
-    """Read a cfg file; UTF-8 (with or without BOM), else Latin-1.
+    """Read a cfg file: see `decode_cfg`. Errors: no such file, a folder, a pipe, unreadable; then those of that."""
+    return decode_cfg(read_bytes(path, "a Darknet cfg", MAX_BYTES + 1), str(path), strict)
 
-    Errors: no such file, a folder, a pipe, unreadable, too large, UTF-16 or binary; then those of `parse_cfg`.
+
+def decode_cfg(data: bytes, path: str, strict: bool = True) -> Cfg:
+    """The bytes of a cfg: UTF-8 (with or without BOM), else Latin-1.
+
+    Errors: too large, UTF-16 or binary; then those of `parse_cfg`.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "not an ordinary file" if path.exists() else "no such file"
-        raise UserError(path, f"{found}, expected a Darknet cfg")
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(path, f"cannot be read: {error.strerror}") from error
     if len(data) > MAX_BYTES:
         raise UserError(path, f"larger than {MAX_BYTES >> 20} MiB, expected a Darknet cfg", "is this a weights file?")
     if b"\0" in data:
@@ -112,12 +108,13 @@ def read_cfg(path, strict: bool = True) -> Cfg:
         utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
         raise UserError(f"{path}:{line}", "a NUL byte", "save it as UTF-8 text" if utf16 else "not a text file")
     try:
-        return parse_cfg(data.decode("utf-8"), str(path), strict)
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        note = Problem(str(path), line, "warning", "not UTF-8: read as Latin-1")
-        cfg = parse_cfg(data.decode("latin-1"), str(path), strict)
+        note = Problem(path, line, "warning", "not UTF-8: read as Latin-1")
+        cfg = parse_cfg(data.decode("latin-1"), path, strict)
         return replace(cfg, problems=(note, *cfg.problems))
+    return parse_cfg(text, path, strict)
 
 
 def parse_cfg(text: str, path: str = "<text>", strict: bool = True) -> Cfg:
@@ -150,10 +147,10 @@ def parse_cfg(text: str, path: str = "<text>", strict: bool = True) -> Cfg:
 
 
 def write_cfg(cfg: Cfg) -> str:
-    """The plain text of a cfg: one key per line, cleaned values, no comments; reads back as the same sections."""
+    """The plain text of a cfg: one key per line, no comments; reads back as the same sections."""
     blocks = []
     for section in (cfg.net, *cfg.layers):
-        blocks.append("\n".join([f"[{section.type}]", *(f"{o.key}={o.text}" for o in section.options.values())]))
+        blocks.append("\n".join([f"[{section.type}]", *(f"{o.key}={o.written}" for o in section.options.values())]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -213,11 +210,10 @@ class _Reader:
             self.note(number, f"'{clip(key)}' has no value")
             return
         text = "".join(value.split())
-        joined = bool(_SPACE_INSIDE.search(value))
-        if joined:
+        option = Option(key, text, number, value)
+        if text != value and (words := option.joined):
             fix = f"{key}={_SPACE_INSIDE.sub(',', value)}" if "," in value else None
-            item = _JOINED.search(value).group()
-            found = f"{clip(key)}: '{clip(item)}' is read as '{clip(''.join(item.split()))}', as Darknet does"
+            found = f"{clip(key)}: '{clip(' '.join(words))}' is read as '{clip(''.join(words))}', as Darknet does"
             self.note(number, found, "a missing comma?", "warning", fix)
         elif comment:
             fix = f"# {comment.lstrip('#; ')}\n{key}={value}"
@@ -225,7 +221,7 @@ class _Reader:
             if not re.fullmatch(r"[0-9.,+\-eE]+", text):
                 hint += f"; Darknet reads '{clip(text + ''.join(comment.split()))}'"
             self.note(number, f"{clip(key)}: text after the value: read as '{clip(text)}'", hint, "warning", fix)
-        self._store(section, Option(key, text, number, joined))
+        self._store(section, option)
 
     def _store(self, section: Section, option: Option) -> None:
         first = section.options.setdefault(option.key, option)
@@ -244,7 +240,7 @@ class _Reader:
 
 
 def _cut_comment(line: str) -> tuple[str, str]:
-    found = re.search(r"[#;]", line)
+    found = _COMMENT.search(line)
     return (line[: found.start()].rstrip(), line[found.start() :]) if found else (line, "")
 
 

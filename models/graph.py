@@ -7,6 +7,7 @@ in silence, so that one mistake is one complaint.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, replace
 
 from models.cfg import Cfg, feeding_convolution, head_anchors, head_filters
@@ -14,10 +15,13 @@ from models.rules import ANY, HEADS, NET, READS, REFUSED, SECTIONS, Rule
 from models.section import CfgError, Problem, Section, clip, raise_errors
 from models.shapes import LayerSpec, Shape
 
-MAX_FLOATS = 2 * 10**9  # parameters: 8 GB
-MAX_VALUES = 4 * 10**9  # outputs of all layers for one image: 16 GB
+BUDGET = {  # of a network
+    "parameters": 2 * 10**9,  # 8 GB
+    "values per image": 4 * 10**9,  # the outputs of all layers: 16 GB
+}
 NOT_AN_OUTPUT = ("cost", "contrastive", "dropout", "empty")  # training only
 STAGES = ("rpn", "roi", "mask")  # the heads of a network in two stages
+MAX_PROBLEMS = 1000
 MISSPELT = 0.8  # similarity from which an unknown key is taken for a known one
 
 
@@ -57,6 +61,7 @@ class _Walk:
     def __init__(self, cfg: Cfg, width: int | None, height: int | None):
         self.cfg, self.problems = cfg, []
         self.specs: list[LayerSpec | None] = []
+        self.spent = {"parameters": 0, "values per image": 0}
         self.sound = [self._check_net(cfg.net)]
         self.sound = [*self.sound, *(self._check_section(section) for section in cfg.layers)]
         self.width = width or (cfg.width if self.sound[0] else 0)
@@ -65,16 +70,15 @@ class _Walk:
     def graph(self, strict: bool) -> Graph:
         image = None
         if self.sound[0]:
-            image = self._image((self.cfg.channels, self.height, self.width))
+            image = self._guarded(self._image, (self.cfg.channels, self.height, self.width))
         for index, section in enumerate(self.cfg.layers):
             self.specs.append(self._guarded(self._layer, index, section, image) if self.sound[index + 1] else None)
-        self._check_budget()
         heads = tuple(i for i, section in enumerate(self.cfg.layers) if section.type in HEADS)
         for index in heads:
             self._guarded(self._check_head, index)
         self._check_heads_together(heads)
         for index, section in enumerate(self.cfg.layers):
-            if "share_index" in section:
+            if section.type == "convolutional" and "share_index" in section:
                 self._guarded(self._check_shared, index, section)
         if strict:
             raise_errors(self.problems)
@@ -130,6 +134,8 @@ class _Walk:
 
         A close misspelling of a key that is not there is an error; what Darknet passes over as well is a warning.
         """
+        if len(self.problems) > MAX_PROBLEMS:  # to look for what was meant takes time
+            raise CfgError(*self.problems, section.problem(f"more than {MAX_PROBLEMS} problems", key, "is this a cfg?"))
         text, message = section.options[key].text, f"unknown key '{clip(key)}' in [{section.type}]"
         close = [name for name in difflib.get_close_matches(key, rule.known, 3, MISSPELT) if name not in section]
         if close:
@@ -157,6 +163,7 @@ class _Walk:
     # ---- shapes
 
     def _image(self, shape: Shape) -> LayerSpec:
+        self._spend(self.cfg.net, "width", 0, shape)
         return LayerSpec(index=-1, section=self.cfg.net, inputs=(), in_shapes=(), shape=shape)
 
     def _layer(self, index: int, section: Section, image: LayerSpec | None) -> LayerSpec | None:
@@ -166,6 +173,7 @@ class _Walk:
         if None in sources:
             return None
         made = rule.infer(section, sources)
+        self._spend(section, None, made.params, made.shape)
         floats = 0 if section.flag("dontload") else made.params if made.floats is None else made.floats
         shapes = tuple(source.shape for source in sources)
         if section.type == "shortcut" and len({shape[1:] for shape in shapes}) > 1:
@@ -199,17 +207,12 @@ class _Walk:
             raise section.error(f"{section.type} {number} from layer {index} points forward", key, last)
         return absolute
 
-    def _check_budget(self) -> None:
+    def _spend(self, section: Section, key: str | None, params: int, shape: Shape) -> None:
         """Refuse sizes that cannot be meant, before anything is allocated."""
-        params = values = 0
-        for spec in filter(None, self.specs):
-            params += spec.params
-            values += spec.shape[0] * spec.shape[1] * spec.shape[2]
-            if params > MAX_FLOATS or values > MAX_VALUES:
-                what = f"{params:,} parameters" if params > MAX_FLOATS else f"{values:,} output values per image"
-                limit = MAX_FLOATS if params > MAX_FLOATS else MAX_VALUES
-                self._note(spec.section, f"too large: {what} up to here, the limit is {limit:,}")
-                return
+        for what, new in (("parameters", params), ("values per image", math.prod(shape))):
+            if self.spent[what] + new > BUDGET[what]:
+                raise section.error(f"too large: {self.spent[what] + new:,} {what}, the limit is {BUDGET[what]:,}", key)
+            self.spent[what] += new
 
     # ---- heads
 
@@ -296,8 +299,7 @@ class _Walk:
         owner, spec = self.specs[absolute], self.specs[index]
         if owner is None or spec is None:
             return
-        weights = [(s.section.type, s.in_shapes[0][0], s.shape[0], s.section.int("size", 1)) for s in (owner, spec)]
-        if weights[0] != weights[1]:
+        if weights_of(owner) != weights_of(spec):
             line = owner.section.line
             raise section.error(f"share_index: layer {absolute} (line {line}) has other weights", "share_index")
 
@@ -324,3 +326,12 @@ class _Walk:
 
     def _note(self, section, message, hint="", key=None, severity="error", fix=None) -> None:
         self.problems.append(section.problem(message, key, hint, severity, fix))
+
+
+def weights_of(spec: LayerSpec) -> tuple:
+    """What two convolutions must agree in to share their arrays."""
+    section = spec.section
+    if section.type != "convolutional":
+        return (section.type,)
+    keys = ("filters", "size", "groups", "batch_normalize", "group_normalize", "binary", "xnor", "cbn")
+    return (section.type, spec.in_shapes[0][0], *(section.int(key, int(key in ("size", "groups"))) for key in keys))

@@ -32,6 +32,16 @@ def nonzero(section, key):
         raise section.error(f"{key}=0", key)
 
 
+def only(value: int) -> Callable:
+    """Darknet knows other values, we do not."""
+
+    def check(section, key):
+        if section.int(key) != value:
+            raise section.error(f"{key}={section.int(key)} is not supported in [{section.type}]", key, f"{key}={value}")
+
+    return check
+
+
 def positive(section, key):
     """One number or several."""
     for value in section.floats(key):
@@ -39,8 +49,22 @@ def positive(section, key):
             raise section.error(f"{key}: {value:g}, expected more than 0", key)
 
 
+def between(low: float, high: float) -> Callable:
+    def check(section, key):
+        if not low <= section.float(key) <= high:
+            raise section.error(f"{key}={section.float(key):g}, expected {low:g}..{high:g}", key)
+
+    return check
+
+
 def one_of(*known: str) -> Callable:
     return lambda section, key: section.str(key, choices=known)
+
+
+def few(section, key):
+    """How many of something that is made one by one."""
+    if not 1 <= section.int(key) <= 1000:
+        raise section.error(f"{key}={section.int(key)}, expected 1..1000", key)
 
 
 KINDS: dict[str, Callable] = {  # each raises the section's CfgError
@@ -48,6 +72,7 @@ KINDS: dict[str, Callable] = {  # each raises the section's CfgError
     "whole": lambda section, key: section.int(key),
     "natural": at_least(0),
     "count": at_least(1),
+    "few": few,
     "nonzero": nonzero,
     "wholes": lambda section, key: section.ints(key),
     "number": lambda section, key: section.float(key),
@@ -101,7 +126,8 @@ CONVOLUTION = WINDOW | keys(whole="pad batch_normalize xnor", count="dilation gr
 FROM = keys(wholes="from", activation="activation")
 HEAD = keys(
     numbers="anchors counters_per_class",
-    count="num classes",
+    few="num",
+    count="classes",
     wholes="mask",
     natural="max",
     whole="focal_loss",
@@ -119,14 +145,18 @@ SECTIONS: dict[str, Rule] = {
     "convolutional": Rule(
         infer=shapes.convolutional,
         keys=CONVOLUTION
-        | keys(count="filters", natural="group_normalize", whole="share_index binary bin_output flipped"),
+        | keys(count="filters", natural="group_normalize", whole="share_index binary bin_output")
+        | {"flipped": only(0)},
         required=("filters",),
         said={"activation": "logistic", "size": "1"},
         other="cbn assisted_excitation sway rotate stretch stretch_sway angle grad_centr reverse coordconv dot",
     ),
     "crnn": Rule(
         infer=shapes.crnn,
-        keys=CONVOLUTION | keys(count="hidden output"),
+        keys=CONVOLUTION
+        | keys(count="hidden output")
+        | dict.fromkeys(("stride", "stride_x", "stride_y", "dilation", "groups"), only(1))
+        | dict.fromkeys(("antialiasing", "xnor"), only(0)),
         required=("hidden", "output"),
         said={"activation": "logistic"},
         other="shortcut time_steps",
@@ -163,7 +193,7 @@ SECTIONS: dict[str, Rule] = {
         infer=shapes.scale_channels, keys=FROM | keys(whole="scale_wh"), required=("from",), reads="from"
     ),
     "dropout": Rule(
-        keys=keys(number="probability"), other="dropblock dropblock_size_rel dropblock_size_abs dropblock_size"
+        keys={"probability": between(0, 1)}, other="dropblock dropblock_size_rel dropblock_size_abs dropblock_size"
     ),
     "activation": Rule(keys=keys(activation="activation")),
     "batchnorm": Rule(infer=shapes.batchnorm),
@@ -196,7 +226,8 @@ SECTIONS: dict[str, Rule] = {
         infer=shapes.head,
         keys=keys(
             numbers="anchors",
-            count="num classes",
+            few="num",
+            count="classes",
             number="coord_scale object_scale noobject_scale class_scale mask_scale thresh jitter",
             whole="coords max rescore bias_match absolute softmax random focal_loss classfix log",
         ),
@@ -210,11 +241,11 @@ SECTIONS: dict[str, Rule] = {
     "rpn": Rule(infer=shapes.head, keys=keys(positive="sizes ratios", number="offset"), required=("sizes", "ratios")),
     "roi": Rule(
         infer=shapes.roi,
-        keys=REGION | keys(count="fc units pre_nms post_nms", number="nms_thresh min_size"),
+        keys=REGION | keys(few="fc", count="units pre_nms post_nms", number="nms_thresh min_size"),
         required=("from", "classes"),
         reads="only from",
     ),
-    "mask": Rule(infer=shapes.mask, keys=REGION | keys(count="convs channels"), required=("classes",)),
+    "mask": Rule(infer=shapes.mask, keys=REGION | keys(few="convs", count="channels"), required=("classes",)),
 }
 HEADS = tuple(HEAD_FILTERS)
 

@@ -50,8 +50,8 @@ def listing(problems: tuple[Problem, ...]) -> str:
 
 
 def raise_errors(problems) -> None:
-    """Raise the errors among ``problems`` together."""
-    errors = [problem for problem in problems if problem.severity == "error"]
+    """Raise the errors among ``problems`` together, by line."""
+    errors = sorted((problem for problem in problems if problem.severity == "error"), key=lambda problem: problem.line)
     if errors:
         raise CfgError(*errors)
 
@@ -63,7 +63,12 @@ class Option:
     key: str
     text: str
     line: int
-    joined: bool = False  # spaces inside the value were removed: a comma may be missing
+    written: str  # the value with its spaces
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """The words that became one because spaces vanish: a comma may be missing."""
+        return next((words for item in self.written.split(",") if len(words := tuple(item.split())) > 1), ())
 
 
 @dataclass(frozen=True, eq=False)

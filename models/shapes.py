@@ -93,8 +93,6 @@ def convolutional(section, inputs):
         raise section.error(
             "dilation with a padding that does not keep the size", "dilation", "use an odd size and pad=1"
         )
-    if section.flag("flipped"):
-        raise section.error("flipped=1: transposed weights are not supported", "flipped")
     if section.flag("antialiasing"):
         hw = windows(section, shape, size, 1, 1, 2 * padding)
         made = convolution(section, shape, filters, size, groups, hw, section.flag("batch_normalize"))
@@ -108,13 +106,15 @@ def convolutional(section, inputs):
 
 def crnn(section, inputs):
     shape, size = inputs[0].shape, section.int("size", 3)
-    hidden, output, groups = section.int("hidden"), section.int("output"), section.int("groups", 1)
     padding, norm = size // 2 if section.flag("pad") else section.int("padding", 0), section.flag("batch_normalize")
-    parts, filters_in = [], shape[0]
-    for filters in (hidden, hidden, output):  # input, self, output
-        hw = windows(section, shape, size, *strides(section), 2 * padding)
-        parts.append(convolution(section, (filters_in, *hw), filters, size, groups, hw, norm))
-        shape, filters_in = (filters, *hw), hidden
+    hidden, parts = section.int("hidden"), []
+    for part, filters in (("input", hidden), ("self", hidden), ("output", section.int("output"))):
+        hw = windows(section, shape, size, 1, 1, 2 * padding)
+        if part == "self" and hw != shape[1:]:
+            found = f"a state of {show(shape)} becomes {show((filters, *hw))}"
+            raise section.error(f"{found}, expected the same size", "size", "an odd size with pad=1")
+        parts.append(convolution(section, shape, filters, size, 1, hw, norm))
+        shape = (filters, *hw)
     return Made(shape, sum(p.params for p in parts), sum(p.floats for p in parts), sum(p.flops for p in parts))
 
 
@@ -255,8 +255,9 @@ def head(section, inputs):
 
 
 def fcos(section, inputs):
-    """A head with one learned number: how many strides a unit of its distances is."""
-    return head(section, inputs)._replace(params=1)
+    """A head with one learned number: how many strides a unit of its distances is. Its map has objectness always."""
+    (c, h, w), *_ = head(section, inputs)
+    return Made((c + (len(inputs) == 2), h, w), params=1)
 
 
 def roi(section, inputs):

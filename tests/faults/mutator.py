@@ -78,8 +78,8 @@ def _truncate(rng, data, seeds, tokens):
 
 def _repeat(rng, data, seeds, tokens):
     start = rng.randrange(len(data) + 1)
-    part = data[start : start + rng.choice((1, 8, 64, 512))]
-    return data[:start] + part * rng.choice((2, 3, 20)) + data[start:]
+    part = data[start : start + rng.choice((1, 8, 64, 256))]
+    return data[:start] + part * rng.choice((2, 3, 9)) + data[start:]
 
 
 def _join(rng, data, seeds, tokens):

@@ -166,7 +166,7 @@ FAULTS = {  # (text, line, part of the message)
     "C10-stride": (bad("stride=2", "stride=0"), 10, "stride=0, expected at least 1"),
     "C10-stride-negative": (bad("stride=2", "stride=-2"), 10, "stride=-2, expected at least 1"),
     "C11-filters": (bad("filters=16", "filters=2000000000"), 7, "too large"),
-    "C11-width": (bad("width=32", "width=1000000000"), 7, "too large"),
+    "C11-width": (bad("width=32", "width=1000000000"), 4, "too large"),
     "C11-upsample": (bad("[yolo]", "[upsample]\nstride=40960\n[yolo]"), 23, "too large"),
     "C11-int": (bad("filters=16", "filters=20000000000"), 8, "does not fit in 32 bits"),
     "C12": (bad("filters=8", "groups=3\nfilters=8"), 14, "groups=3 does not divide 16 input channels"),
