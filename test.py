@@ -92,6 +92,7 @@ def main(args: argparse.Namespace):
     # measure
     folder, names = new_run(args.project, args.name, exist_ok=args.exist_ok), list(data.names)
     write_quarantine(folder, data.problems)
+    dataset.quarantine.folder = folder
     predictions = Predictions(
         folder,
         data.records,

@@ -7,6 +7,7 @@ lost, and the cache is a fraction of the originals. Smaller ones are kept as the
 import hashlib
 import os
 import shutil
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from utils.datasets.images import read_image
 from utils.datasets.letterbox import fit, resize
+from utils.datasets.limits import LIMITS, Limits
 from utils.errors import ResourceError, UserError
 from utils.structures import Record
 
@@ -64,55 +66,79 @@ class RecentImages:
 
 
 def build_cache(
-    kind: str, records: Sequence[Record], *, max_side: int, channels: int = 3, folder: str | Path = "runs/cache"
+    kind: str,
+    records: Sequence[Record],
+    *,
+    max_side: int,
+    channels: int = 3,
+    folder: str | Path = "runs/cache",
+    limits: Limits = LIMITS,
 ) -> ImageCache:
     """Decode all pictures of ``records`` into a cache of a ``kind`` of ``CACHES``, none longer than ``max_side``.
 
     The size is known before the first picture is read. A cache on disk is found again under a key of the pictures'
-    paths, sizes and times of change, written under another name and renamed when complete.
+    paths, sizes, inodes and times of change, written under another name and renamed when complete; one that is not
+    what it should be is made anew.
 
     Raises:
-        ResourceError: it does not fit into memory or onto the disk.
+        ResourceError: it does not fit into memory or onto the disk, or cannot be written.
         UserError: a picture cannot be read, or has another size than its record says.
     """
     sizes = [fit(record.size, (max_side, max_side), upscale=False)[0] for record in records]
     shapes = np.array([(*size, channels) for size in sizes], dtype=np.int64).reshape(-1, 3)
-    return CACHES[kind](records, shapes, Path(folder))
+    try:
+        return CACHES[kind](records, shapes, Path(folder), limits)
+    except OSError as error:
+        raise ResourceError(folder, f"cannot keep a cache: {error}") from error
 
 
-def _in_memory(records, shapes, folder) -> ImageCache:
+def _in_memory(records, shapes, folder, limits) -> ImageCache:
     _check_room("--cache ram", _num_bytes(shapes), len(records), free_memory(), "memory", "--cache disk")
     cache = ImageCache(np.empty(_num_bytes(shapes), dtype=np.uint8), shapes)
-    _fill(cache, records, "memory")
+    _fill(cache, records, "memory", limits)
     return cache
 
 
-def _on_disk(records, shapes, folder) -> ImageCache:
+def _on_disk(records, shapes, folder, limits) -> ImageCache:
     target = folder / _key(records, shapes) / "images.npy"
-    if not target.exists():
+    pixels = _map(target, _num_bytes(shapes))
+    if pixels is None:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         _check_room("--cache disk", _num_bytes(shapes), len(records), free, f"disk under {folder}", "another disk")
         part = target.with_name(f"images.{os.getpid()}.part")
         try:
             pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(_num_bytes(shapes),))
-            _fill(ImageCache(pixels, shapes), records, str(target))
+            _fill(ImageCache(pixels, shapes), records, str(target), limits)
             pixels.flush()
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
-    return ImageCache(np.load(target, mmap_mode="r", allow_pickle=False), shapes)
+        pixels = _map(target, _num_bytes(shapes))
+    return ImageCache(pixels, shapes)
+
+
+def _map(path: Path, num_bytes: int) -> np.ndarray | None:
+    """The pixels of a cache file, memory-mapped; None where there is none, or no such array in it."""
+    try:
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError) as error:
+        print(f"warning: {path}: not a cache of pictures ({error}), made anew", file=sys.stderr)
+        return None
+    return pixels if pixels.shape == (num_bytes,) and pixels.dtype == np.uint8 else None
 
 
 CACHES = {"ram": _in_memory, "disk": _on_disk}
 
 
-def _fill(cache: ImageCache, records, place: str) -> None:
+def _fill(cache: ImageCache, records, place: str, limits: Limits) -> None:
     """Decode every picture into its place; threads, because decoding and resizing run outside Python's lock."""
 
     def decode(index: int) -> None:
         record, out = records[index], cache.pixels[cache.starts[index] : cache.starts[index + 1]]
-        image = read_image(record.path, int(cache.shapes[index, 2]))
+        image = read_image(record.path, int(cache.shapes[index, 2]), limits=limits)
         if image.shape[:2] != tuple(record.size):
             found = f"the picture is {image.shape[1]}x{image.shape[0]}, it was {record.size[1]}x{record.size[0]}"
             raise UserError(record.path, found, "it changed while the data set was read: start again")
@@ -131,7 +157,7 @@ def _key(records, shapes) -> str:
     for record in records:
         path = Path(record.path).absolute()
         state = path.stat()
-        digest.update(os.fsencode(path) + f"\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+        digest.update(os.fsencode(path) + f"\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ino}\0".encode())
     return digest.hexdigest()[:16]
 
 

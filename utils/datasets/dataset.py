@@ -8,10 +8,14 @@ from torch.utils.data import Dataset
 
 from utils.datasets.augment import Augment, flip, hsv, mixup, mosaic, random_perspective
 from utils.datasets.cache import ImageCache, RecentImages
-from utils.datasets.images import read_image
+from utils.datasets.images import ImageError, read_image
 from utils.datasets.letterbox import letterbox, reduced_to
+from utils.datasets.limits import LIMITS, Limits
 from utils.datasets.loader import NEIGHBOURS, SAMPLE, Draw, generator
+from utils.datasets.quarantine import Quarantine
 from utils.structures import ImageInfo, Letterbox, Outlines, Record, Sample
+
+WHOLE = Letterbox()  # of a picture that is as it was
 
 
 class DetectionDataset(Dataset):
@@ -29,9 +33,13 @@ class DetectionDataset(Dataset):
         cache: decoded pictures (``build_cache``), read instead of the files.
         stretch: fill the size without keeping the aspect (Darknet without letter_box=1).
         epochs: of the whole run; its last ``augment.close_mosaic`` epochs go without mosaic and mixup.
+        limits: which pictures are taken, and how many may become unreadable.
+
+    A picture that cannot be read any more is noted in ``quarantine``. In training another one takes its place, the same
+    each time; an evaluation goes without it, and its sample is None.
 
     Raises:
-        UserError: from ``dataset[draw]``, naming a file that cannot be read.
+        QuarantineError: from ``dataset[draw]``: too many became unreadable.
     """
 
     def __init__(
@@ -44,9 +52,11 @@ class DetectionDataset(Dataset):
         cache: ImageCache | None = None,
         stretch: bool = False,
         epochs: int | None = None,
+        limits: Limits = LIMITS,
     ):
         assert cache is None or len(cache) == len(records)
         self.channels, self.augment, self.seed, self.cache, self.stretch = channels, augment, seed, cache, stretch
+        self.limits, self.quarantine = limits, Quarantine(len(records), seed=seed, max_bad=limits.max_bad)
         self._recent = RecentImages(NEIGHBOURS)
         self.open_epochs = np.inf if epochs is None or augment is None else epochs - augment.close_mosaic
         self.sizes = np.array([record.size for record in records], dtype=np.int64).reshape(-1, 2)
@@ -62,9 +72,13 @@ class DetectionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __getitem__(self, draw: Draw) -> Sample:
+    def __getitem__(self, draw: Draw) -> Sample | None:
         if self.augment is None:
-            return self._plain(draw)
+            try:
+                return self._plain(draw)
+            except ImageError as error:
+                self.quarantine.add(draw.index, error)
+                return None
         rng = generator(self.seed, SAMPLE, draw.epoch, draw.position)
         sample = self._view(draw, draw.index, rng)
         if draw.epoch < self.open_epochs and rng.random() < self.augment.mixup:
@@ -80,27 +94,28 @@ class DetectionDataset(Dataset):
         """The picture as it is read, with its boxes in its pixels (a cached one may be smaller than the original).
 
         With ``max_side`` it is reduced to that, and remembered: whoever loads it soon again shares its pixels.
+
+        Raises:
+            ImageError: it cannot be read, or is not the one it was.
         """
         path, (height, width) = self.path(index), self.sizes[index].tolist()
         if self.cache is not None:
             image = self.cache[index]
         elif max_side is None:
-            image = read_image(path, self.channels)
+            image = self._read(index)
         else:
-            image = self._recent.get((path, max_side), self._read)
+            image = self._recent.get((index, max_side), self._read_reduced)
         start, stop = self._starts[index : index + 2].tolist()
-        rows = slice(start, stop)
-        reduced = Letterbox(scale=(image.shape[1] / width, image.shape[0] / height))
+        rows, boxes = slice(start, stop), self._boxes[start:stop]
+        outlines = None if self._outlines is None else self._outlines.between(start, stop)
+        reduced = WHOLE
+        if image.shape[:2] != (height, width):
+            reduced = Letterbox(scale=(image.shape[1] / width, image.shape[0] / height))
+            boxes = reduced.apply(boxes)
+            outlines = outlines and outlines.moved(reduced.apply(outlines.corners))
         info = ImageInfo(id=index, path=path, size=(height, width), letterbox=reduced)
-        sample = Sample(
-            image=image,
-            boxes=reduced.apply(self._boxes[rows]),
-            labels=self._labels[rows],
-            ignore=self._ignore[rows],
-            info=info,
-            outlines=None if self._outlines is None else self._outlines.between(start, stop),
-        )
-        return sample.replace(outlines=sample.outlines_after(reduced.apply))
+        labels, ignore = self._labels[rows], self._ignore[rows]
+        return Sample(image=image, boxes=boxes, labels=labels, ignore=ignore, info=info, outlines=outlines)
 
     def _plain(self, draw: Draw) -> Sample:
         sample = self.load(draw.index)
@@ -113,14 +128,30 @@ class DetectionDataset(Dataset):
 
     def _view(self, draw: Draw, index: int, rng) -> Sample:
         """One augmented sample before colour and mirroring: a mosaic around a picture, or the picture alone."""
-        max_side = 2 * max(draw.size)  # more is not seen even at the largest zoom
+        max_side = 2 * max(draw.size)  # no zoom shows more
         if draw.epoch < self.open_epochs and rng.random() < self.augment.mosaic:
-            samples = [self.load(number, max_side) for number in (index, *_partners(draw, index, 3, rng))]
+            samples = [self._load_or_replace(number, max_side) for number in (index, *_partners(draw, index, 3, rng))]
             return mosaic(samples, draw.size, self.augment, rng, stretch=self.stretch)
-        return random_perspective(self.load(index, max_side), draw.size, self.augment, rng, stretch=self.stretch)
+        sample = self._load_or_replace(index, max_side)
+        return random_perspective(sample, draw.size, self.augment, rng, stretch=self.stretch)
 
-    def _read(self, path: str, max_side: int) -> np.ndarray:
-        return reduced_to(read_image(path, self.channels), max_side)
+    def _load_or_replace(self, index: int, max_side: int) -> Sample:
+        while True:
+            index = self.quarantine.substitute(index)
+            try:
+                return self.load(index, max_side)
+            except ImageError as error:
+                self.quarantine.add(index, error)
+
+    def _read(self, index: int) -> np.ndarray:
+        image, (height, width) = read_image(self.path(index), self.channels, limits=self.limits), self.sizes[index]
+        if image.shape[:2] != (height, width):
+            found = f"{image.shape[1]} x {image.shape[0]}, it was {width} x {height} when the data set was read"
+            raise ImageError(self.path(index), found, "its boxes may be wrong now")
+        return image
+
+    def _read_reduced(self, index: int, max_side: int) -> np.ndarray:
+        return reduced_to(self._read(index), max_side)
 
 
 def _partners(draw: Draw, index: int, num: int, rng) -> list[int]:

@@ -113,9 +113,10 @@ def build_loaders(
     if cache:
         with main_first():
             caches = [
-                build_cache(cache, split, max_side=max(size), channels=channels) for split in (data.train, data.val)
+                build_cache(cache, split, max_side=max(size), channels=channels, limits=data.limits)
+                for split in (data.train, data.val)
             ]
-    common = {"channels": channels, "stretch": stretch}
+    common = {"channels": channels, "stretch": stretch, "limits": data.limits}
     train = DetectionDataset(data.train, augment=augment, seed=seed, cache=caches[0], epochs=epochs, **common)
     val = DetectionDataset(data.val, cache=caches[1], **common)
     sampler = TrainSampler(

@@ -76,7 +76,8 @@ class Loader:
                             raise batch
                         finally:
                             del batch  # its traceback would hold this frame, and the processes would live with it
-                    yield batch
+                    if batch != []:
+                        yield batch
                     done += 1
                 return
             except LostWorkerError as error:
@@ -188,7 +189,7 @@ class _Carrier(Dataset):
     def __getitems__(self, draws: list) -> list | UserError:
         failpoint("loader")
         try:
-            return [self._sample(draw) for draw in draws]
+            return [sample for draw in draws if (sample := self._sample(draw)) is not None]
         except UserError as error:
             return error
 
@@ -204,7 +205,8 @@ class _Carrier(Dataset):
 
 
 def _collate_or_carry(collate: Callable, samples: list | UserError):
-    return samples if isinstance(samples, UserError) else collate(samples)
+    """A batch; an error, or the empty list where none of the pictures of an evaluation can be read, as they are."""
+    return samples if isinstance(samples, UserError) or not samples else collate(samples)
 
 
 # ---------------------------------------------------------------------------------------------- before they start
