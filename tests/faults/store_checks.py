@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import signal
 import stat
 from pathlib import Path
 
@@ -12,11 +13,10 @@ import torch
 from disk import Recorder, lay_out
 
 import utils.checkpoint
+import utils.run
 import utils.store
-from utils.checkpoint import read_checkpoint
 from utils.errors import DivergenceError, ResourceError, UserError
 from utils.failpoints import VARIABLE
-from utils.store import Store
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -24,13 +24,13 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"model.weight": weight, "ema.weight": weight / 3, "optim.weight.momentum_buffer": weight.double() / 7}
 
 
-def save(store: Store, step: int) -> bool:
+def save(store: utils.store.Store, step: int) -> bool:
     return store.save(tensors(step), {"cfg": "[net]\n", "names": ["a"], "epoch": step}, step)
 
 
-def saved(folder: Path, *steps: int) -> Store:
+def saved(folder: Path, *steps: int) -> utils.store.Store:
     """A store in ``folder`` with these saves made."""
-    store = Store(folder, say=lambda text: None)
+    store = utils.store.Store(folder, say=lambda text: None)
     for step in steps:
         assert save(store, step)
     return store
@@ -41,7 +41,7 @@ def valid_steps(folder: Path) -> list[int]:
     steps = []
     for file in folder.glob("*.safetensors"):
         try:
-            found, meta = read_checkpoint(file)
+            found, meta = utils.checkpoint.read_checkpoint(file)
         except UserError:
             continue
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors(meta["step"]).items()), file
@@ -50,7 +50,7 @@ def valid_steps(folder: Path) -> list[int]:
 
 
 def latest_step(folder: Path) -> int:
-    found = Store(folder).latest()
+    found = utils.store.Store(folder).latest()
     expected = tensors(found.meta["step"])
     assert found.tensors.keys() == expected.keys()
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.items())
@@ -117,7 +117,7 @@ def falls_back_to_an_older_one(folder: Path) -> str:
     assert found.path == store.previous and found.meta["step"] == 1
     message = str(found.passed_over[0])
     assert message.startswith(f"{store.last}: ")
-    again = Store(folder, say=lambda text: None)
+    again = utils.store.Store(folder, say=lambda text: None)
     assert save(again, 3) and valid_steps(folder) == [1, 3]
     return message.replace(str(folder), "weights")
 
@@ -126,7 +126,7 @@ def verifies_before_it_rotates(folder: Path) -> str:
     """T35: where the disk keeps something else than was written, both older ones stay, and it is said."""
     said = []
     saved(folder, 1, 2)
-    store = Store(folder, said.append)
+    store = utils.store.Store(folder, said.append)
     with pytest.MonkeyPatch.context() as patch:
         real = utils.store._write_blocks
         patch.setattr(utils.store, "_write_blocks", lambda file, data: real(file, data[:-9] + b"#" + data[-8:]))
@@ -142,12 +142,12 @@ def executes_nothing(folder: Path) -> str:
 
     class Payload:
         def __reduce__(self):
-            return Path.touch, (touched,)
+            return os.mkdir, (str(touched),)
 
     path = folder / "last.safetensors"
     torch.save({"x": Payload()}, path)
     with pytest.raises(UserError) as caught:
-        read_checkpoint(path)
+        utils.checkpoint.read_checkpoint(path)
     assert not touched.exists()
     return str(caught.value).replace(str(folder), "weights")
 
@@ -169,7 +169,7 @@ def commits_finite_numbers_only(folder: Path) -> str:
 def keeps_every_bit(folder: Path) -> str:
     """What is saved is what is read: each part in its own type."""
     saved(folder, 1)
-    found = Store(folder).latest()
+    found = utils.store.Store(folder).latest()
     for name, tensor in tensors(1).items():
         assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor), name
     return "types and bits as saved"
@@ -183,7 +183,7 @@ def outlives_a_full_disk(folder: Path, point: str = "save.write:5+", action: str
     said = []
     saved(folder, 1, 2)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    store = Store(folder, said.append)
+    store = utils.store.Store(folder, said.append)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, f"{point}:{action}")
         assert not save(store, 3) and not save(store, 4) and len(said) == 2
@@ -198,7 +198,7 @@ def outlives_a_full_disk(folder: Path, point: str = "save.write:5+", action: str
 def tries_again(folder: Path) -> str:
     """T7: failures that are not in a row never add up."""
     said = []
-    store = Store(folder, said.append)
+    store = utils.store.Store(folder, said.append)
     for step in range(0, 12, 3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(VARIABLE, f"save.fsync:1+:enospc,none:{step}:nan")  # a plan of its own, counted from 1
@@ -238,7 +238,7 @@ def writes_no_planted_file(folder: Path) -> str:
         saved(folder, 1)
         (folder / ".last.safetensors.00000000.part").symlink_to(precious)
         said = []
-        assert not save(Store(folder, said.append), 2)
+        assert not save(utils.store.Store(folder, said.append), 2)
     assert precious.read_bytes() == b"mine" and "File exists" in said[0]
     written = [(path, flags) for path, flags in opened if flags & os.O_WRONLY]
     assert written and all(path.parent == folder and flags & os.O_EXCL for path, flags in written)
@@ -253,18 +253,93 @@ def never_rewrites_in_place(folder: Path) -> str:
         before = store.last.read_bytes()
         assert save(store, 2) and store.keep("best") and save(store, 3)
         assert old_last.read() == old_best.read() == before
-    assert read_checkpoint(store.path("best"))[1]["step"] == 2
+    assert utils.checkpoint.read_checkpoint(store.path("best"))[1]["step"] == 2
     return "the names moved, the files did not change"
 
 
 def warns_of_foreign_hands(folder: Path, capture) -> str:
     """S15: a checkpoint that anybody may change, or of another owner, is read with a warning."""
     store = saved(folder, 1)
-    read_checkpoint(store.last)
+    utils.checkpoint.read_checkpoint(store.last)
     assert capture.readouterr().err == ""
     store.last.chmod(store.last.stat().st_mode | stat.S_IWOTH)
-    read_checkpoint(store.last)
+    utils.checkpoint.read_checkpoint(store.last)
     return capture.readouterr().err.replace(str(folder), "weights").strip()
+
+
+# ---- order, and one run per folder ---------------------------------------------------------------------------------
+
+
+def asks_no_clock(folder: Path) -> str:
+    """W16, T27: what is newest is said by names and steps, also where the files' times say the opposite."""
+    store = saved(folder, 1, 2, 3)
+    store.keep("best")
+    save(store, 4)
+    store.keep("epoch10")
+    save(store, 5)
+    for age, name in enumerate(("last", "previous", "epoch10", "best")):
+        os.utime(store.path(name), (age, age))
+    for name, step in (("last", 5), ("previous", 4), ("epoch10", 4), ("best", 3)):
+        found = store.latest()
+        assert found.path == store.path(name) and found.meta["step"] == step
+        store.path(name).unlink()
+    return "by name, then by step"
+
+
+def locked_by_another(folder: Path) -> tuple[int, int]:
+    """A process that holds the lock, with a loading process of its own, until ``release`` is closed: (pid, release)."""
+    read, release = os.pipe()
+    ready, ready_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(release)
+        lock = utils.run.lock_run(folder)
+        if os.fork():
+            os.write(ready_write, b"!")
+        os.read(read, 1)
+        lock.close()
+        os._exit(0)
+    os.close(read)
+    assert os.read(ready, 1) == b"!"
+    os.close(ready)
+    os.close(ready_write)
+    return pid, release
+
+
+def refuses_a_second_run(folder: Path) -> str:
+    """T9: while one holds the folder, another gets its process and machine named; when it has ended, the folder."""
+    pid, release = locked_by_another(folder)
+    host = os.uname().nodename
+    try:
+        with pytest.raises(UserError) as caught:
+            utils.run.lock_run(folder)
+    finally:
+        os.close(release)
+        os.waitpid(pid, 0)
+    text = str(caught.value)
+    assert caught.value.exit_code == 2 and text.startswith(f"{folder}: process {pid} on {host} ")
+    with utils.run.lock_run(folder):
+        assert (folder / utils.run.LOCK).read_text() == f"process {os.getpid()} on {host}"
+    return text.replace(str(folder), "exp").replace(str(pid), "PID").replace(host, "HOST")
+
+
+def takes_over_a_stale_lock(folder: Path) -> str:
+    """T9: a killed run's lock is free, though its loading process lives on; what it left half written is removed."""
+    (folder / "weights").mkdir()
+    pid, release = locked_by_another(folder)
+    left = [folder / ".log.jsonl.0123abcd.part", folder / "weights" / ".last.safetensors.0123abcd.part"]
+    others = [folder / "mine.part", folder / ".hidden.part"]
+    for file in (*left, *others):
+        file.write_bytes(b"half")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    try:
+        with utils.run.lock_run(folder):
+            assert str(os.getpid()) in (folder / utils.run.LOCK).read_text()
+    finally:
+        os.close(release)
+    assert not any(file.exists() for file in left) and all(file.exists() for file in others)
+    return "taken over at once, though its loading process lives on"
 
 
 def header_of(path: Path) -> dict:
