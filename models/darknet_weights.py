@@ -16,7 +16,7 @@ from torch import Tensor
 from models.darknet import Darknet
 from models.file_kind import DARKNET, file_kind
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, read_bytes
 
 TURNED_ABOVE = 1000  # a major or minor version above it: matrices of [connected] are stored [in][out]
 SCALES = ("scales", "mean", "variance")  # what ``dontloadscales`` leaves out
@@ -88,8 +88,7 @@ def read_header(path: str | Path) -> tuple[Header, int]:
     kind = file_kind(path)
     if kind != DARKNET:
         raise UserError(path, f"a {kind} file, expected Darknet weights", "load it with --weights, which reads both")
-    with path.open("rb") as file:
-        data = file.read(20).ljust(20, b"\0")
+    data = read_bytes(path, "Darknet weights", 20).ljust(20, b"\0")
     header = Header.from_bytes(data)
     size = path.stat().st_size - len(header.to_bytes())
     if size < 0 or size % 4:
@@ -121,6 +120,8 @@ def read_weights(model: Darknet, path: str | Path, cutoff: int | None = None) ->
     if found != expected:
         raise _wrong_size(model, path, header, arrays, found)
     values = torch.from_numpy(np.fromfile(path, "<f4", offset=len(header.to_bytes())).astype(np.float32, copy=False))
+    if len(values) != found:
+        raise UserError(path, f"{found} floats became {len(values)} while they were read", "is it still being written?")
     parts = list(zip(arrays, values.split([array.tensor.numel() for array in arrays])))
     _check(path, values, parts)
     with torch.no_grad():
@@ -188,7 +189,9 @@ def _wrong_size(model: Darknet, path: Path, header: Header, arrays: Sequence[Arr
     if size > needed:
         return UserError(path, f"{message}: {size - needed} left over", "weights of another cfg or class count?")
     if found in (ends := boundaries(model)):
-        return UserError(path, f"{message}: it ends with layer {ends[found] - 1}", f"a backbone? cutoff={ends[found]}")
+        return UserError(
+            path, f"{message}: it ends with layer {ends[found] - 1}", "a backbone? train.py --weights starts from it"
+        )
     left = found
     for array in arrays:
         left -= array.tensor.numel()

@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import read_bytes
 
 DARKNET, CHECKPOINT, TORCH = "Darknet weights", "safetensors", "PyTorch archive"
 MAX_VERSION = 10_000  # of major, minor and revision; real files say 0..2, above 1000 the connected matrices are turned
@@ -43,14 +44,7 @@ def file_kind(path: str | Path) -> str:
     Raises:
         UserError: missing, unreadable, empty, or anything else; says what it looks like and what to do.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(path, "a folder, expected a weights file" if path.is_dir() else "no such weights file")
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise UserError(path, f"cannot read: {error.strerror}") from error
+    start = read_bytes(path, "a weights file", 64)
     if start[:4] == b"PK\x03\x04":
         return TORCH
     if start[8:9] == b"{":

@@ -1,5 +1,6 @@
 """From files to a network that can look at pictures: the one place test.py, detect.py and other programs load from."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from models.darknet import Darknet
 from models.darknet_weights import read_weights
 from models.file_kind import CHECKPOINT, DARKNET, file_kind
 from models.pretrained import load_pretrained
+from models.section import listing
 from utils.checkpoint import load_module, read_checkpoint, without_prefix
 from utils.errors import UserError
+from utils.files import read_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"cfg": "cfg", "weights file": "weights", "names file": "data"}  # where the project keeps each kind
@@ -30,16 +33,20 @@ def find_file(text: str | Path, kind: str) -> Path:
     Raises:
         UserError: not there; names the places looked at.
     """
-    path = Path(text).expanduser()
-    places = [path] if path.parent.name else [path, ROOT / FOLDERS[kind] / path.name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    try:
+        path = Path(text).expanduser()
+        places = [path] if path.parent.name else [path, ROOT / FOLDERS[kind] / path.name]
+        files = [place for place in places if place.is_file()] or [place for place in places if place.exists()]
+    except (OSError, RuntimeError) as error:  # a name that no file can have, or ~ of nobody
+        raise UserError(text, f"no such {kind}", getattr(error, "strerror", None) or str(error)) from error
+    if not files:
         raise UserError(text, f"no such {kind}", f"looked for {' and '.join(str(place.resolve()) for place in places)}")
-    return found
+    read_bytes(files[0], f"a {kind}", 0)  # says what it is if it is none, or cannot be read
+    return files[0]
 
 
 def load_network(weights: str | Path, *, cfg: str | Path | None = None, names: list[str] | None = None) -> Loaded:
-    """The network behind a weights file.
+    """The network behind a weights file. Says on stderr what was noticed in a ``cfg``.
 
     Args:
         weights: one of our checkpoints (knows its cfg and names), or ``.weights`` / ``.pt`` together with ``cfg``.
@@ -72,6 +79,8 @@ def load_network(weights: str | Path, *, cfg: str | Path | None = None, names: l
             if not changes:
                 raise
             raise UserError(path, f"not for the {len(names)} classes that are named: {error.message}") from error
+    if cfg and (noticed := (*network.warnings, *model.graph.problems)):
+        print(f"warning: {listing(noticed)}", file=sys.stderr)
     names = names or [f"class{number}" for number in range(model.num_classes)]
     if len(names) != model.num_classes:
         found = f"the network has {model.num_classes} classes, but {len(names)} names were given"

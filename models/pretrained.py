@@ -25,6 +25,7 @@ __all__ = ["CHECKPOINT", "DARKNET", "TORCH", "TransferReport", "file_kind", "loa
 NESTED = ("ema", "model", "state_dict", "model_state_dict")  # where trainers keep the state dict, the best one first
 WRAPPERS = ("_orig_mod.", "module.", "model.")  # prefixes of torch.compile, DDP and modules that hold the network
 ANCESTOR = (("module_list.", "layers."), (".Conv2d.", ".conv."), (".BatchNorm2d.", ".norm."))  # the PyTorch ancestor's
+SAFE_TORCH = (2, 10)  # from here on weights_only=True is known to be safe
 UNIMPORTANT = "num_batches_tracked"  # counts calls; nothing is computed from it
 
 
@@ -159,6 +160,10 @@ def _read_checkpoint(model: Darknet, path: Path) -> tuple[dict[str, Tensor], str
 
 def _read_torch(model: Darknet, path: Path) -> tuple[dict[str, Tensor], str]:
     """A state dict saved by ``torch.save``, also inside a dict of other plain values."""
+    release = torch.__version__
+    if tuple(int(part) for part in release.split(".")[:2]) < SAFE_TORCH:
+        found = f"torch {release} can be made to run code by such a file (CVE-2025-32434, CVE-2026-24747)"
+        raise UserError(path, found, f"update torch to {'.'.join(map(str, SAFE_TORCH))} or newer")
     _refuse_bomb(path)
     try:
         with path.open("rb") as file:  # given a path, torch would decide by its name
@@ -180,11 +185,12 @@ def _refuse_bomb(path: Path) -> None:
     """torch stores without compression, so an archive cannot be larger inside than outside."""
     try:
         with zipfile.ZipFile(path) as archive:
-            inside = sum(member.file_size for member in archive.infolist())
+            members = archive.infolist()
     except Exception as error:  # zipfile raises whatever a damaged directory makes it run into
         raise UserError(path, "a truncated or damaged PyTorch archive", "fetch it again") from error
-    if inside > path.stat().st_size:
-        raise UserError(path, f"unpacks to {inside} bytes from {path.stat().st_size}: not written by torch.save")
+    inside, size = sum(member.file_size for member in members), path.stat().st_size
+    if inside > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise UserError(path, f"unpacks to {inside} bytes from {size}: compressed, so not written by torch.save")
 
 
 def _state_dict(content: object) -> dict[str, Tensor]:
