@@ -60,7 +60,7 @@ OF_THE_STORE = {
         ),
         checks.verifies_before_it_rotates,
     ),
-    "T35-one kept": Mutant(in_store("self.last.replace(self.previous)", "pass"), checks.survives_a_kill_at_every_call),
+    "T35-one kept": Mutant(in_store("self.last.replace(self.previous)", "pass"), checks.keeps_two_at_every_call),
     "W16-a damaged one takes a good one's place": Mutant(
         in_store("self.last.is_file() and _reads_well(self.last)", "True"), checks.falls_back_to_an_older_one
     ),

@@ -8,11 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 from harness import ROOT, Finished
 
 PRELOADED = ["pytest", "server_warm_up"]
@@ -64,6 +67,12 @@ class Server:
         self.folder, self.number = folder, 0
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
+        self.counting = threading.Lock()
+        paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("PYTHONPATH", paths)
+            forkserver.ensure_running()
 
     def start(
         self,
@@ -79,8 +88,9 @@ class Server:
         Without ``pictures`` a run draws no charts and no TensorBoard graph, half of the time of a tiny one. ``before``
         (a function of a module) is called first in the new process: what a mutant changes.
         """
-        self.number += 1
-        folder = self.folder / str(self.number)
+        with self.counting:
+            self.number += 1
+            folder = self.folder / str(self.number)
         folder.mkdir()
         for name in ("out", "err"):
             (folder / name).touch()
@@ -88,15 +98,7 @@ class Server:
         process = self.context.Process(
             target=_execute, args=(script, list(map(str, args)), env or {}, str(cwd or ROOT), str(folder), first)
         )
-        old = dict(os.environ)
-        os.environ.update(  # of the process that forks, started with the first run
-            OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-        )
-        try:
-            process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(old)
+        process.start()
         return Running(process, folder)
 
     def run(self, script: str, *args: object, timeout: float = 60, **options) -> Finished:

@@ -23,6 +23,7 @@ GOLDEN = sorted((Path(__file__).parent / "checkpoints").iterdir())
 CHECKS = {
     "T2-every-call": checks.survives_a_kill_at_every_call,
     "T34-power": checks.survives_a_power_failure,
+    "T35-two": checks.keeps_two_at_every_call,
     "T35-verify-first": checks.verifies_before_it_rotates,
     "T7-tries-again": checks.tries_again,
     "W15-bits": checks.notices_every_flipped_bit,
