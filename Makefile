@@ -1,12 +1,12 @@
 # make demo   train, evaluate and detect on the built-in data set
 # make test   lint and the whole test suite (what CI runs)
 # make test-long, make fuzz, make fault-table   the slow tier: docs/reliability.md
-# make bench  tables of benchmarks/README.md (under an hour on two cores)
+# make bench  every goal of speed against its peer, into benchmarks/record.csv (make bench-train: trainings, under an hour)
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test test-long fuzz fault-table bench lint format setup clean
+.PHONY: demo test test-long fuzz fault-table bench bench-train lint format setup clean
 
 demo: $(VENV)/.installed
 	$(PY) train.py --project runs/demo --name train --exist-ok --cache
@@ -33,10 +33,14 @@ lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(VENV)/.installed
-	$(PY) -m benchmarks.assign_cost
-	$(PY) -m benchmarks.assigners
-	$(PY) -m benchmarks.yolox_ladder
+TRAININGS  := assigners yolox_ladder
+BENCHMARKS := $(filter-out $(TRAININGS),$(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py)))
+
+bench: $(VENV)/.installed  ## every goal of speed; adds rows to benchmarks/record.csv
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; OMP_NUM_THREADS=1 $(PY) -m benchmarks.$$name; done
+
+bench-train: $(VENV)/.installed  ## comparisons by short trainings
+	@set -e; for name in $(TRAININGS); do echo "== $$name"; OMP_NUM_THREADS=1 $(PY) -m benchmarks.$$name; done
 
 format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
