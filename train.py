@@ -11,10 +11,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-from utils.arguments import add_bad_data, count, whole
-from utils.errors import UserError, run_main
+from utils.arguments import add_bad_data, count, minutes, whole
+from utils.errors import DivergenceError, Stopped, UserError, run_main
+from utils.interrupts import Interrupts
 
 ROOT = Path(__file__).resolve().parent
 
@@ -103,8 +103,20 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
         "--save-period", type=whole, default=0, metavar="N", help="keep a checkpoint of every N-th epoch"
     )
     output.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="continue a run folder or checkpoint; default: the newest"
+        "--save-interval",
+        type=minutes,
+        default=5.0,
+        metavar="MINUTES",
+        help="save within an epoch, too, so often (default: 5; 0: after every step)",
     )
+    output.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="continue a run folder or checkpoint; default: the newest; auto: the newest of this --name, if any",
+    )
+    output.add_argument("--allow-data-change", action="store_true", help="continue although the data set has changed")
     output.add_argument(
         "--show-assignments",
         action="store_true",
@@ -121,15 +133,16 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
 
 def main() -> None:
     args = parse_args(sys.argv[1:])  # before anything heavy is imported, so that --help is quick
-    from utils import distributed
-    from utils.run import select_device
+    with Interrupts() as interrupts:
+        from utils import distributed
+        from utils.run import select_device
 
-    device = select_device(args.device)
-    with distributed.process_group(device):
-        train(args, device)
+        device = select_device(args.device)
+        with distributed.process_group(device):
+            train(args, device, interrupts)
 
 
-def train(args: argparse.Namespace, device) -> None:
+def train(args: argparse.Namespace, device, interrupts: Interrupts) -> None:
     import torch
     from torch import nn
 
@@ -138,7 +151,8 @@ def train(args: argparse.Namespace, device) -> None:
     from models.losses import TrainStep, build_criterion
     from models.predictor import Predictor
     from utils import distributed
-    from utils.checkpoint import load_module, read_checkpoint, weights_of, write_checkpoint
+    from utils.bad_batch import BadBatches
+    from utils.checkpoint import load_module, read_checkpoint, weights_of
     from utils.datasets.limits import Limits
     from utils.datasets.quarantine import write_quarantine
     from utils.datasets.splits import build_loaders, read_splits
@@ -148,19 +162,31 @@ def train(args: argparse.Namespace, device) -> None:
     from utils.gallery import Gallery
     from utils.logger import Logger
     from utils.plots import save_evaluation_plots, save_labels_png, save_results_png
-    from utils.run import WEIGHTS, select_precision, set_seed, share_cores, shared_new_run
+    from utils.resume import is_finished, refuse_other_data, write_summary
+    from utils.run import WEIGHTS, lock_run, select_precision, set_seed, share_cores, shared_new_run
+    from utils.saver import Saver
+    from utils.store import Store
     from utils.timing import Waiting
     from utils.trainer import Trainer
 
     # ---- what: network, recipe, data; everything a person can get wrong is found before anything is written --------
     args, cfg, recipe, resumed = begin(args)
+    if resumed and resumed.meta["epoch"] == args.epochs and is_finished(resumed):
+        print(
+            f"{resumed.path}: all {args.epochs} epochs are done, nothing to do; --epochs with a larger number goes on"
+        )
+        return
     set_seed(args.seed)
     precision = select_precision(args.precision, device)
     if args.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn", "batch norms are synchronised on GPUs only", "leave it out")
     with distributed.main_first():
         data = read_splits(args.data, single_cls=args.single_cls, masks=cfg.has_masks, limits=Limits.of(args))
+    if resumed:
+        refuse_other_data(resumed.meta, data.fingerprint, args.allow_data_change, args.data)
     model, size, cfg = build_network(args, cfg, data.names, resumed)
+    fixed = {"cfg": cfg.text, "names": data.names, "recipe": recipe.as_dict(), "data": data.fingerprint}
+    distributed.agree(fixed | {"checkpoint": resumed and resumed.meta["sha256"]})
     criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp, model.heads)
     train_loader, val_loader = build_loaders(
         data,
@@ -181,7 +207,9 @@ def train(args: argparse.Namespace, device) -> None:
 
     # ---- where: the run's own folder, with everything beside the results that is needed to do it again --------------
     run = resumed.path.parents[1] if resumed else shared_new_run(args.project, args.name, args.exist_ok)
+    lock = lock_run(run) if distributed.is_main() else None  # noqa: F841  held as long as this function runs
     logger = Logger(run if distributed.is_main() else None, start_epoch=resumed.meta["epoch"] if resumed else 0)
+    store = Store(run / WEIGHTS, say=logger.say)
     if distributed.is_main():
         for name, text in settings(args, recipe, cfg).items():
             write_text(run / name, text)
@@ -205,61 +233,77 @@ def train(args: argparse.Namespace, device) -> None:
         num_batches=len(train_loader),
         batch_size=args.batch_size,
         epochs=args.epochs,
+        report=BadBatches(run, train_loader, logger),
     )
-    best = Best()
-    if resumed:
-        trainer.restore(resumed.tensors, resumed.meta, resumed.path)
-        best = Best(**resumed.meta["best"])
+    best, patience = Best(), 0 if args.noval else args.patience
+    saver = Saver(
+        store,
+        trainer,
+        best,
+        logger,
+        interrupts,
+        fixed=fixed | {"args": vars(args)},
+        minutes=float("inf") if args.nosave else args.save_interval,
+        resumed=resumed,
+    )
     predictor = Predictor(trainer.ema.module, device=device, conf_thres=0.001, iou_thres=0.6, amp=precision.autocast)
     if distributed.is_main():
+        store.check_space(trainer.tensors())
         with logger.guard("labels.png"):
             save_labels_png(data.train, data.names, run / "labels.png")
 
-    def save(name: str) -> None:
-        meta = {"cfg": cfg.text, "names": data.names, "recipe": recipe.as_dict(), "args": vars(args)}
-        meta |= {"best": best.as_dict(), **trainer.counters()}
-        write_checkpoint(run / WEIGHTS / f"{name}.safetensors", trainer.tensors(), meta)
+    # ---- the epochs: a run that continues may begin anywhere in one --------------------------------------------------
+    def is_over() -> bool:
+        return trainer.epoch >= args.epochs or best.is_stale(trainer.epoch - 1, patience)
 
-    # ---- the epochs --------------------------------------------------------------------------------------------------
-    for epoch in range(trainer.epoch, args.epochs):
-        start, waiting = time.perf_counter(), Waiting(train_loader)
-        train_loader.batch_sampler.set_epoch(epoch)
-        with logger.bar(f"epoch {epoch + 1}/{args.epochs}", len(train_loader)) as bar:
-            losses = trainer.train_epoch(
-                gallery.train(waiting) if epoch == 0 and distributed.is_main() else waiting, bar.show
-            )
-        seconds = time.perf_counter() - start
-        row = {"epoch": epoch, **{f"train/{name}": value for name, value in losses.items()}, "lr": trainer.lr}
-        details = {"wait": waiting.seconds / seconds, "images_per_second": len(data.train) / seconds}
-        is_last, is_better, is_stale = epoch == args.epochs - 1, False, False
-        if distributed.is_main() and (is_last or not args.noval):
-            evaluation = evaluate(predictor, val_loader, data.val, data.names, progress=logger.watched)
-            scalars = evaluation.scalars()
-            if args.show_assignments:
-                gallery.sheets("assignments", lambda: sheets(trainer.ema.module, next(iter(val_loader))), epoch)
+    with interrupts.between_steps():
+        while not is_over():
+            epoch, first, start = trainer.epoch, trainer.batches_done, time.perf_counter()
+            train_loader.batch_sampler.set_epoch(epoch, first)
+            waiting = Waiting(train_loader)
+            batches = gallery.train(waiting) if epoch == first == 0 and distributed.is_main() else waiting
+            try:
+                with logger.bar(f"epoch {epoch + 1}/{args.epochs}", len(train_loader)) as bar:
+                    losses = trainer.train_epoch(batches, bar.show, saver.between_steps)
+            except DivergenceError as error:
+                saver.roll_back(error)
+                continue
+            seconds = time.perf_counter() - start
+            scalars, stop = {}, 0
+            if distributed.is_main() and (epoch == args.epochs - 1 or not args.noval):
+                try:
+                    watched = interrupts.watched(val_loader)
+                    scalars = evaluate(predictor, watched, data.val, data.names, progress=logger.watched).scalars()
+                except Stopped:
+                    stop = interrupts.stop
+            stop, score = distributed.broadcast([stop, fitness(scalars) if scalars else float("nan")])
+            saver.stop_if(stop)  # the epoch's steps are done: a run that continues begins with its evaluation
+            is_better = best.update(score, epoch)
+            row = {"epoch": epoch, **{f"train/{name}": value for name, value in losses.items()}, "lr": trainer.lr}
             row |= {name: scalars[name] for name in MAIN_METRICS if name in scalars}
-            details |= {name: value for name, value in scalars.items() if name not in row}
-            is_better = best.update(fitness(scalars), epoch)
-            is_stale = best.is_stale(epoch, args.patience)
-        logger.epoch(row | {"seconds": time.perf_counter() - start}, details)
-        if epoch == 0:  # not before it: tracing takes a second that a person would wait for the first step
-            logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
-        if distributed.is_main() and (is_last or is_stale or not args.nosave):
-            save("last")
-            if is_better:
-                save("best")
-            if args.save_period and (epoch + 1) % args.save_period == 0:
-                save(f"epoch{epoch}")
-        if distributed.broadcast(is_stale):
-            logger.say(f"no better epoch than {best.epoch} for {args.patience} epochs: stopped early")
-            break
+            row |= {"time/wait": waiting.seconds / seconds, "time/seconds": time.perf_counter() - start}
+            details = {name: value for name, value in scalars.items() if name not in row}
+            details |= {"steps/skipped": trainer.skipped, "steps/clipped": trainer.clipped}
+            details["time/images_per_second"] = len(data.train) * (1 - first / len(train_loader)) / seconds
+            logger.epoch(row, details)
+            trainer.end_epoch()
+            if is_over() or not args.nosave:
+                keep_every = args.save_period and (epoch + 1) % args.save_period == 0
+                saver.save(["best"] * is_better + [f"epoch{epoch}"] * bool(keep_every))
+            if epoch == 0:  # not before it: tracing takes a second that a person would wait for the first step
+                logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
+            if args.show_assignments and scalars:
+                gallery.sheets("assignments", lambda: sheets(trainer.ema.module, next(iter(val_loader))), epoch)
+    if trainer.epoch < args.epochs:
+        logger.say(f"no better epoch than {best.epoch} for {patience} epochs: stopped early")
 
     # ---- the best epoch, looked at closely ---------------------------------------------------------------------------
     if not distributed.is_main():
         return
-    final = next(file for name in ("best", "last") if (file := run / WEIGHTS / f"{name}.safetensors").exists())
+    final = next(file for name in ("best", "last") if (file := store.path(name)).exists())
     load_module(trainer.ema.module, weights_of(read_checkpoint(final)[0]), final)
-    evaluation = evaluate(predictor, val_loader, data.val, data.names, observe=gallery.val, progress=logger.watched)
+    watched = interrupts.watched(val_loader)
+    evaluation = evaluate(predictor, watched, data.val, data.names, observe=gallery.val, progress=logger.watched)
     write_weights(trainer.ema.module, final.with_suffix(".weights"))
     for what, draw in {
         "results.png": lambda: save_results_png(run / "results.csv", run / "results.png"),
@@ -268,6 +312,7 @@ def train(args: argparse.Namespace, device) -> None:
         with logger.guard(what):
             draw()
     logger.close()
+    write_summary(run, {"epochs": trainer.epoch, "best": best.as_dict(), **evaluation.scalars()})
     logger.say(f"\n{evaluation.table(verbose=True)}\n{where_things_are(run, final, best)}")
 
 
@@ -278,40 +323,24 @@ MAIN_METRICS = tuple(
 )
 
 
-class Resumed(NamedTuple):
-    """The checkpoint a run continues from."""
-
-    path: Path
-    tensors: dict
-    meta: dict
-
-
 def begin(args: argparse.Namespace):
     """(args, cfg, recipe, the checkpoint or None): from the command line, or from the run that continues."""
     from models.cfg import parse_cfg, read_cfg
     from models.loading import find_file
-    from utils.checkpoint import read_checkpoint
     from utils.config import make_recipe, read_recipe
-    from utils.run import find_run
+    from utils.resume import find_resumed, refuse_changes
 
-    if args.resume is None:
-        cfg = read_cfg(find_file(args.cfg, "cfg"))
-        return args, cfg, read_recipe(args.hyp, args.set), None
-    if args.set:
-        raise UserError(
-            "--set", "a run that continues keeps its recipe", "--weights RUN/weights/last.safetensors starts a new one"
-        )
-    path, damaged = find_run(args.project, args.resume)
-    for error in damaged:
-        print(f"warning: passed over {error}", file=sys.stderr)
-    tensors, meta = read_checkpoint(path)
-    args = parse_args(sys.argv[1:], meta["args"])  # flags given again win
-    if meta["epoch"] >= args.epochs:
-        raise UserError(path, f"all {args.epochs} epochs are done", "--epochs with a larger number extends the run")
-    return args, parse_cfg(meta["cfg"], f"{path}[cfg]"), make_recipe(meta["recipe"], path), Resumed(path, tensors, meta)
+    resumed = find_resumed(args.project, args.name, args.resume)
+    if resumed is None:
+        return args, read_cfg(find_file(args.cfg, "cfg")), read_recipe(args.hyp, args.set), None
+    before, path = resumed.meta["args"], resumed.path
+    args = parse_args(sys.argv[1:], before | {"set": []})  # flags given again are compared
+    args.set = args.set or before["set"]
+    refuse_changes(before, vars(args), path)
+    return args, parse_cfg(resumed.meta["cfg"], f"{path}[cfg]"), make_recipe(resumed.meta["recipe"], path), resumed
 
 
-def build_network(args: argparse.Namespace, cfg, names: list[str], resumed: Resumed | None):
+def build_network(args: argparse.Namespace, cfg, names: list[str], resumed):
     """(model, (H, W), cfg): with the data's classes, started from --weights, some layers frozen.
 
     The cfg is what a checkpoint keeps: it also says the size asked for, and that pictures are letterboxed.

@@ -115,6 +115,7 @@ def train(
     for epoch in range(budget.epochs):
         loader.batch_sampler.set_epoch(epoch)
         losses = trainer.train_epoch(loader)
+        trainer.end_epoch()
     seconds = time.perf_counter() - start
     predictor = Predictor(trainer.ema.module, conf_thres=0.001, iou_thres=0.6, amp=precision.autocast)
     scalars = evaluate(predictor, val_loader, data.val, data.names, progress=False).scalars()

@@ -17,6 +17,17 @@ def count(text: str) -> int:
     return whole(text, least=1)
 
 
+def minutes(text: str) -> float:
+    """A time of 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected minutes, 0 or more, found {text!r}")
+    return value
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
     try:

@@ -19,8 +19,10 @@ from utils.errors import ResourceError, Stopped, UserError
 
 JOIN = timedelta(seconds=25)  # to reach the store
 TIMEOUT = timedelta(minutes=10)  # of a collective: the others may be slow with a step, not with an evaluation
-GOODBYE = 10.0  # seconds that the store is kept for those who still read from it
+GOODBYE = 5.0  # seconds that the store is kept for those who still read from it
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
+
+FAILED = "failed"  # key of the error that ended a process
 
 _store: dist.Store | None = None
 _calls = 0  # exchanges so far, the same number on all processes
@@ -62,6 +64,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         _say_goodbye()
     except Stopped:
         _say_goodbye()
+        raise
+    except UserError as error:
+        _store.set(FAILED, f"process {rank()}: {error}")
         raise
     except RuntimeError as error:  # what torch raises for all of this; a lost connection is told by its text
         if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
@@ -181,6 +186,8 @@ def _wait_for(key: str, patience: float = float("inf")) -> object:
     """The value of a key, as soon as somebody sets it; None after ``patience`` seconds."""
     pause, end = 0.001, time.monotonic() + patience
     while not _store.check([key]):
+        if _store.check([FAILED]):
+            raise ResourceError(f"process {rank()}", f"another process failed: {_store.get(FAILED).decode()}")
         if time.monotonic() > end:
             return None
         time.sleep(pause)

@@ -29,5 +29,9 @@ class Best:
         """Whether the best was ``patience`` epochs ago or more; never with patience 0."""
         return 0 < patience <= epoch - self.epoch
 
+    def restore(self, values: Mapping[str, float]) -> None:
+        """The inverse of ``as_dict``."""
+        self.fitness, self.epoch = values["fitness"], values["epoch"]
+
     def as_dict(self) -> dict[str, float]:
         return asdict(self)

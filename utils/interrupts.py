@@ -64,6 +64,6 @@ class Interrupts:
             yield item
 
 
-def stopped(number: int) -> Stopped:
-    """The end of a program by signal ``number``."""
-    return Stopped(signal.Signals(number).name, EXIT_CODES[number])
+def stopped(number: int, state: str = "nothing to save") -> Stopped:
+    """The end of a program by signal ``number``; ``state``: what became of its work."""
+    return Stopped(f"{signal.Signals(number).name}: {state}", EXIT_CODES[number])

@@ -14,16 +14,24 @@ import numpy as np
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.files import write_text
+from utils.errors import UserError
+from utils.failpoints import failpoint
+from utils.files import read_bytes, write_text
 
 WIDTH = 10  # of a console column
+LOG = "log.jsonl"
+TIMES = "time/"  # what a clock says
 
 
 class Logger:
     """Logs a run into ``folder``; with ``folder=None`` (all processes but the first) it says and writes nothing.
 
     The rows of all epochs are kept and both files are replaced in one piece after each: no line is ever torn, and a
-    resumed run continues after the checkpoint's last epoch, whatever came after it.
+    resumed run continues after the checkpoint's last epoch, whatever came after it. Wall times (``time/...``) are not
+    in ``results.csv``: it is the same whenever, and however often interrupted, a run is made again.
+
+    Raises:
+        UserError: the rows of the run that continues cannot be read.
     """
 
     def __init__(self, folder: Path | None, *, start_epoch: int = 0):
@@ -32,12 +40,17 @@ class Logger:
         self.tensorboard = None
         if folder is None:
             return
-        if (folder / "log.jsonl").is_file():
-            self.rows = [row for row in read_rows(folder / "log.jsonl") if row["epoch"] < start_epoch]
+        if (folder / LOG).is_file() and start_epoch:
+            self.rows = read_rows(folder / LOG)
+        self.rewind(start_epoch)
         with self.guard("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and may be missing or broken
 
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch or None)
+
+    def rewind(self, epoch: int) -> None:
+        """Forget the rows of this epoch and later ones: they will be made again."""
+        self.rows = [row for row in self.rows if row["epoch"] < epoch]
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
@@ -126,16 +139,29 @@ def _cell(value: Any) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``log.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a ``log.jsonl``. Raises UserError with the line that is none."""
+    lines = read_bytes(path, "the log of a run").split(b"\n")
+    return [_read_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def _read_row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if type(row["epoch"]) is int:
+            return row
+        problem = f"epoch is {row['epoch']!r}"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        problem = str(error)
+    raise UserError(where, f"not the row of an epoch: {problem}"[:200], "without the file a run goes on from here")
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     """``log.jsonl`` and ``results.csv`` from all rows; a number an epoch has not is an empty cell."""
-    write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+    columns = list(dict.fromkeys(name for row in rows for name in row if not name.startswith(TIMES)))
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
     table.writerows(rows)
+    failpoint("csv.append")
     write_text(folder / "results.csv", text.getvalue())

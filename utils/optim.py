@@ -6,7 +6,7 @@ Because nothing here counts by itself, a resumed run needs no scheduler state: t
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -163,18 +163,24 @@ def set_rates(optimizer: Optimizer, rates: Rates) -> None:
             group["momentum"] = rates.momentum
 
 
-def clip_gradients(optimizer: Optimizer, max_norm: float) -> Tensor:
-    """Shorten the gradient of all groups together to ``max_norm``; returns its norm before, on the device."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Shorten the gradient of all parameters together to ``max_norm``.
+
+    Returns:
+        The norms [P] of their gradients and that of all together, before, on the device.
+    """
+    norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+    norm = torch.linalg.vector_norm(norms)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norms, norm
 
 
-def guarded_step(optimizer: Optimizer, norm: Tensor) -> None:
-    """One step, left out on the device itself where the gradient's norm is not finite: no weight is ever poisoned.
+def guarded_step(optimizer: Optimizer, check: Tensor) -> None:
+    """One step, left out on the device itself where ``check`` is not finite: no weight is ever poisoned.
 
     ``found_inf`` is how torch's fused optimisers take that decision without the CPU waiting for it.
     """
-    optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+    optimizer.found_inf = (~torch.isfinite(check)).to(torch.float32)
     optimizer.step()
     del optimizer.found_inf
 

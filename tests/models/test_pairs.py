@@ -222,5 +222,6 @@ def test_every_recipe_teaches_a_head_with_anchors(name):
     before = overlap_of(step.model, batch)
     for _ in range(100):
         trainer.train_epoch([batch])
+        trainer.end_epoch()
     after = overlap_of(step.model, batch)
     assert after > before

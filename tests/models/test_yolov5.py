@@ -223,7 +223,7 @@ def step_gradient(loss, *, batch_size, num_images=8):
         batch_size=batch_size,
         epochs=1,
     )
-    teacher._move = lambda: None  # leave the gradient where it is
+    teacher._move = lambda *_: None  # leave the gradient where it is
     teacher.train_epoch([tiny_batch(range(i, i + batch_size)) for i in range(0, num_images, batch_size)])
     return torch.cat([parameter.grad.flatten() for parameter in step.model.parameters()])
 

@@ -106,6 +106,7 @@ def test_the_trainer_says_which_epoch_begins(monkeypatch):
     trainer = Trainer(step, num_batches=1, batch_size=2, epochs=3, **options)
     for _ in range(2):
         trainer.train_epoch([tiny_batch([0, 1])])
+        trainer.end_epoch()
     assert told == [(0, 3), (1, 3)]
 
 

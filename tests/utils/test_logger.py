@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from utils.errors import UserError
 from utils.logger import Logger
 
 
@@ -39,6 +40,21 @@ def test_resume_leaves_no_epoch_twice(tmp_path, quiet):
     resumed.epoch(row(2), {})
     epochs = [line["epoch"] for line in csv.DictReader((tmp_path / "results.csv").open())]
     assert epochs == ["0", "1", "2"]
+
+
+def test_wall_times_are_in_the_log_only(tmp_path, quiet):
+    Logger(tmp_path).epoch(row(0) | {"time/seconds": 1.5}, {"time/wait": 0.1})
+    assert (tmp_path / "results.csv").read_text() == "epoch,train/box\n0,0.5\n"
+    assert json.loads((tmp_path / "log.jsonl").read_text())["time/wait"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", "3", "null", '{"epoch": 1.5}', '{"epoch": true}', '{"box": 1}', "\x00", "[" * 5000]
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, quiet, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"epoch": 0}}\n{line}\n')
+    with pytest.raises(UserError, match=r"log.jsonl:2: not the row of an epoch"):
+        Logger(tmp_path, start_epoch=2)
 
 
 def test_console_columns_are_aligned(tmp_path, quiet, capsys):

@@ -1,0 +1,89 @@
+"""Which run continues, and what may be different then.
+
+A run keeps what decides its numbers: network, recipe, data, batch size, seed. The machine, what is written, and a
+larger number of epochs may change.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import SUFFIX, read_checkpoint
+from utils.errors import UserError
+from utils.files import write_text
+from utils.run import WEIGHTS, find_run
+from utils.store import Found
+
+AUTO = "auto"  # --resume auto: continue the newest run of this name, or begin
+SUMMARY = "summary.json"  # the last file that a run writes
+MAY_CHANGE = {
+    *("epochs", "patience", "device", "workers", "cache", "precision", "channels_last", "sync_bn"),
+    *("project", "name", "exist_ok", "nosave", "noval", "save_period", "save_interval", "show_assignments", "debug"),
+    *("resume", "allow_data_change", "max_bad", "strict", "max_pixels", "allow_truncated"),
+}
+
+
+def find_resumed(project: str, name: str, resume: str | None) -> Found | None:
+    """The checkpoint that ``--resume`` asks for; None for a new run.
+
+    Processes that torchrun started again continue what they began, as ``--resume auto``.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        resume = AUTO
+    if resume == AUTO:
+        resume = _newest(Path(project), name)
+    if resume is None:
+        return None
+    path, damaged = find_run(project, resume)
+    for error in damaged:
+        print(f"warning: passed over {error}", file=sys.stderr)
+    return Found(path, *read_checkpoint(path), damaged)
+
+
+def _newest(project: Path, name: str) -> str | None:
+    """Of the runs ``name``, ``name2``, ... the last one with a checkpoint."""
+    numbered = re.compile(rf"{re.escape(name)}(\d*)")
+    folders = {file.parents[1] for file in project.glob(f"{name}*/{WEIGHTS}/*{SUFFIX}")}
+    numbers = {int(found[1] or 1): folder for folder in folders if (found := numbered.fullmatch(folder.name))}
+    return str(numbers[max(numbers)]) if numbers else None
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Raises UserError where an argument that decides a run's numbers is not what it was; lists all of them."""
+    changes = [
+        f"{name} {before[name]} -> {value}"
+        for name, value in now.items()
+        if name in before and name not in MAY_CHANGE and value != before[name]
+    ]
+    if now["epochs"] < before["epochs"]:
+        changes.append(f"epochs {before['epochs']} -> {now['epochs']} (more are possible)")
+    if changes:
+        found = f"a run that continues keeps its arguments: {', '.join(changes)}"
+        raise UserError(where, found, "--weights RUN/weights/last.safetensors starts a new one from it")
+
+
+def refuse_other_data(meta: Mapping[str, Any], fingerprint: str, allowed: bool, where: str) -> None:
+    """Raises UserError where the data set is not the one that a run began with, unless that is ``allowed``."""
+    if meta.get("data", fingerprint) != fingerprint and not allowed:
+        raise UserError(where, "the data set has changed since the run began", "--allow-data-change goes on with it")
+
+
+def write_summary(run: Path, values: Mapping[str, Any]) -> None:
+    """What a run came to, its last file: with it, the run is finished."""
+    write_text(run / SUMMARY, json.dumps(dict(values), indent=1) + "\n")
+
+
+def is_finished(resumed: Found) -> bool:
+    """Whether everything was done and written for the epochs that a checkpoint has."""
+    path = resumed.path.parents[1] / SUMMARY
+    try:
+        return json.loads(path.read_bytes())["epochs"] == resumed.meta["epoch"]
+    except (OSError, ValueError, KeyError, TypeError):  # not written, or by somebody else: it will be
+        return False

@@ -1,0 +1,101 @@
+"""When a training is saved, what a checkpoint holds, and the way back to one."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from utils.distributed import all_reduce_max, broadcast, is_main
+from utils.errors import DivergenceError, UserError
+from utils.fitness import Best
+from utils.interrupts import Interrupts, stopped
+from utils.logger import Logger
+from utils.store import Found, Store
+from utils.trainer import Trainer
+
+SMALLER = 0.5  # learning rate after a way back, of what it was
+
+
+class Saver:
+    """Saves a training at any step: every few minutes, when a signal asks for it, and when told to.
+
+    All processes call its methods at the same step; the first one writes.
+
+    Args:
+        fixed: what of a checkpoint's header never changes: cfg, names, recipe, arguments, the data's fingerprint.
+        minutes: between two saves; infinite: only when asked.
+        resumed: the checkpoint that the training begins with.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        trainer: Trainer,
+        best: Best,
+        logger: Logger,
+        interrupts: Interrupts,
+        *,
+        fixed: Mapping[str, Any],
+        minutes: float,
+        resumed: Found | None,
+    ):
+        self.store, self.trainer, self.best, self.logger, self.interrupts = store, trainer, best, logger, interrupts
+        self.fixed, self.minutes = fixed, minutes
+        self.since = time.monotonic()
+        self.has_saved = resumed is not None
+        if resumed:
+            trainer.restore(resumed.tensors, resumed.meta, resumed.path)
+            best.restore(resumed.meta["best"])
+
+    def save(self, names: Iterable[str] = ()) -> None:
+        """Commit the present state as ``last``, and under more names. Raises as ``Trainer.look`` and ``Store.save``."""
+        self.trainer.look()
+        meta = {**self.fixed, "best": self.best.as_dict(), **self.trainer.counters()}
+        problem = None
+        if is_main():
+            try:
+                if self.store.save(self.trainer.tensors(), meta, self.trainer.step):
+                    self.keep(names)
+            except DivergenceError as error:
+                problem = error.where, error.message, error.hint
+        if problem := broadcast(problem):
+            raise DivergenceError(*problem)
+        self.since, self.has_saved = time.monotonic(), True
+
+    def keep(self, names: Iterable[str]) -> None:
+        """More names for the newest checkpoint."""
+        for name in names:
+            self.store.keep(name)
+
+    def between_steps(self) -> None:
+        """Save if it is time or asked for, and stop if that is. Raises Stopped."""
+        due = is_main() and time.monotonic() - self.since > 60 * self.minutes
+        stop, wanted = all_reduce_max([self.interrupts.stop, self.interrupts.save or due])
+        if wanted and not stop:
+            self.interrupts.save = False
+            self.save()
+        self.stop_if(stop)
+
+    def stop_if(self, number: int) -> None:
+        """End the program where a signal asked for it; nothing is lost."""
+        if number:
+            self.save()
+            place = f"epoch {self.trainer.epoch}, step {self.trainer.step}"
+            raise stopped(number, f"saved at {place}; --resume {self.store.folder.parent} continues")
+
+    def roll_back(self, error: DivergenceError) -> None:
+        """Return to the newest checkpoint, once in a training, and learn half as fast from there on.
+
+        Raises:
+            DivergenceError: ``error``, the second time, or where this training has not saved anything.
+        """
+        if self.trainer.lr_factor < 1 or not self.has_saved:
+            raise error
+        try:
+            found = self.store.latest()
+        except UserError as missing:
+            raise error from missing
+        self.trainer.restore(found.tensors, found.meta, found.path)
+        self.trainer.lr_factor, self.trainer.left_out = SMALLER, 0
+        self.best.restore(found.meta["best"])
+        self.logger.rewind(self.trainer.epoch)
+        self.logger.say(f"warning: {error}; back to step {self.trainer.step} ({found.path}), learning rate halved")
