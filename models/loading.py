@@ -40,7 +40,8 @@ def find_file(text: str | Path, kind: str) -> Path:
     except (OSError, RuntimeError) as error:  # a name that no file can have, or ~ of nobody
         raise UserError(text, f"no such {kind}", getattr(error, "strerror", None) or str(error)) from error
     if not files:
-        raise UserError(text, f"no such {kind}", f"looked for {' and '.join(str(place.resolve()) for place in places)}")
+        places = " and ".join(str(place.absolute()) for place in places)
+        raise UserError(text, f"no such {kind}", f"looked for {places}")
     read_bytes(files[0], f"a {kind}", 0)  # says what it is if it is none, or cannot be read
     return files[0]
 

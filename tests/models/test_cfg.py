@@ -134,36 +134,6 @@ def bad(old, new, text=CLEAN):
     return changed
 
 
-BAD_TEXT = {  # fault number in the catalogue: (text, line, part of the message)
-    "C1-empty": ("", 1, "no [net] section"),
-    "C1-comment": ("# x\n", 1, "no [net] section"),
-    "C2": (CLEAN.split("\n\n", 1)[1], 1, "expected [net]"),
-    "C3": ("batch=1\n" + CLEAN, 1, "before the first section"),
-    "C5": (bad("[convolutional]", "[convolutional"), 7, "no closing ']'"),
-    "C5-empty": (bad("[convolutional]", "[]"), 7, "no closing ']'"),
-    "C6": (bad("[yolo]", "[yolo] x"), 20, "text after [yolo]"),
-    "C14": (bad("filters=16", "filters=16\nfilters=32"), 10, "16 at line 9, 32 here"),
-    "C15-none": (bad("filters=16", "filters 16"), 9, "expected key=value"),
-    "C15-two": (bad("filters=16", "filters=1=6"), 9, "two '='"),
-    "C15-no-value": (bad("filters=16", "filters= # 16"), 9, "no value"),
-    "C15-no-key": (bad("filters=16", "=16"), 9, "expected key=value"),
-    "C9-nul": (bad("filters=16", "filters=1\x006"), 9, "NUL"),
-    "C25-two-nets": (CLEAN + "[net]\nwidth=1\n", 25, "a second [net]"),
-    "C25-no-layer": ("[net]\nwidth=32\n", 1, "no layer"),
-    "C30": ("[net]\n" + "[convolutional]\n" * 20_000, 4002, "more than 4000 sections"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_TEXT)
-def test_bad_text(name):
-    text, line, message = BAD_TEXT[name]
-    with pytest.raises(CfgError) as caught:
-        parse_cfg(text, "my.cfg")
-    problem = caught.value.problems[-1] if name == "C30" else caught.value.problems[0]
-    assert problem.line == line and message in problem.message
-    assert str(caught.value).startswith("my.cfg:")
-
-
 def test_all_text_problems_at_once():
     with pytest.raises(CfgError) as caught:
         parse_cfg(bad("filters=21", "filters 21", bad("filters=16", "filters=1=6")), "my.cfg")
