@@ -151,6 +151,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts) -> None:
     from models.losses import TrainStep, build_criterion
     from models.predictor import Predictor
     from utils import distributed
+    from utils.allocator import keep_freed_memory
     from utils.bad_batch import BadBatches
     from utils.checkpoint import load_module, read_checkpoint, weights_of
     from utils.datasets.limits import Limits
@@ -177,6 +178,8 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts) -> None:
         )
         return
     set_seed(args.seed)
+    if device.type == "cpu":
+        keep_freed_memory()
     precision = select_precision(args.precision, device)
     if args.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn", "batch norms are synchronised on GPUs only", "leave it out")

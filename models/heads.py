@@ -18,6 +18,7 @@ from models.cfg import head_anchors, head_mask
 from models.coders import AnchorDeltas, Coder, CornerOffsetExp, Distances, SigmoidExp, SigmoidSquare
 from models.roi_heads import MaskHead, RoiHead
 from models.structures import Predictions, Priors
+from utils.boxes import at_least_float32
 
 OBJECTNESS_BIAS = -4.5  # sigmoid 0.011: most slots are background (YOLOv3 archive)
 CERTAIN = 30.0  # sigmoid 1 to float32, of a head without objectness
@@ -67,19 +68,27 @@ class Head(nn.Module):
 
         Half types are computed in float32, float64 stays.
         """
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        raw = at_least_float32(raw)
         priors = self.priors(raw.shape[2:], size, raw.device, raw.dtype)
-        # a view, whatever the memory format; each consumer below copies only the values that it takes
-        values = raw.unflatten(1, (self.num_anchors, self.num_values)).permute(0, 1, 3, 4, 2)
+        return Predictions(priors=priors, **self.say(self.values(raw), priors.center, priors.size, priors.stride))
+
+    def values(self, raw: Tensor) -> Tensor:
+        """A raw map as [B, A, h, w, V]: a view, whatever the memory format, so that a reader copies what it takes."""
+        return raw.unflatten(1, (self.num_anchors, self.num_values)).permute(0, 1, 3, 4, 2)
+
+    def say(self, values: Tensor, center: Tensor, size: Tensor, stride: Tensor) -> dict[str, Tensor | None]:
+        """The fields of `Predictions` but its priors, of values [B, A, h, w, V] and what their slots stand for.
+
+        ``center``, ``size``, ``stride`` are [P, 2], or [B, P, 2] where the pictures' slots differ.
+        """
         deltas = self.deltas(values)
-        return Predictions(
-            boxes=self.coder.decode(deltas, priors.center, priors.size, priors.stride),
-            deltas=deltas,
-            obj=values[..., self.objectness].flatten(1),
-            cls=self.class_logits(values[..., self.num_box_values :].flatten(1, 3)),
-            quality=self.quality(values),
-            priors=priors,
-        )
+        return {
+            "boxes": self.coder.decode(deltas, center, size, stride),
+            "deltas": deltas,
+            "obj": values[..., self.objectness].flatten(1),
+            "cls": self.class_logits(values[..., self.num_box_values :].flatten(1, 3)),
+            "quality": self.quality(values),
+        }
 
     def deltas(self, values: Tensor) -> Tensor:
         """Regression outputs [B, P, 4] among values [B, A, h, w, V]."""

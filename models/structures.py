@@ -59,6 +59,15 @@ class Priors:
         return len(self.center)
 
 
+class Reading(NamedTuple):
+    """What a loss asks a network: the objectness of every slot, and everything of K slots. With gradient."""
+
+    objectness: Tensor  # float [B, P], logits
+    boxes: Tensor  # float [K, 4] xyxy, pixels of the network's input
+    deltas: Tensor  # float [K, 4]
+    cls: Tensor  # float [K, C], logits
+
+
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
     """What the network says about every slot, decoded, with gradient.
@@ -74,6 +83,10 @@ class Predictions:
     priors: Priors
     quality: Tensor | None = None  # float [B, P] in 0..1
     refine: Mapping[str, object] = field(default_factory=dict)  # second stage: section type -> its ``Branch``, if any
+
+    def read(self, image: Tensor, slot: Tensor) -> Reading:
+        """Objectness of all, and what slots ``slot`` of pictures ``image`` (int64 [K] both) say."""
+        return Reading(self.obj, *(part[image, slot] for part in (self.boxes, self.deltas, self.cls)))
 
     @classmethod
     def cat(cls, parts: list["Predictions"]) -> "Predictions":

@@ -14,6 +14,7 @@ from models.losses.two_stage import TwoStageLoss
 from models.losses.yolo import YoloLoss
 from models.losses.yolov5 import Yolov5Loss
 from models.losses.yolox import YoloxLoss
+from models.raw_predictions import RawPredictions
 from models.structures import Predictions
 from utils.config import Located, build
 from utils.errors import UserError, nearest
@@ -61,12 +62,11 @@ def compute_loss(
     """Weighted scalar terms of raw maps; the total is their sum.
 
     Args:
-        outputs: what each head of ``model`` returned. Half maps (autocast) are decoded in float32: exp and IoU need it,
-            and the maps are small beside the network.
+        outputs: what each head of ``model`` returned. Half maps (autocast) are decoded in float32: exp and IoU need it.
         size: height and width of the images, pixels.
     """
     with torch.autocast(outputs[0].device.type, enabled=False):
-        return criterion(model.decode(outputs, size), targets)
+        return criterion(RawPredictions(model.heads, outputs, size), targets)
 
 
 class TrainStep(nn.Module):

@@ -89,7 +89,8 @@ class YoloLoss(nn.Module):
         """The three terms [L] of every level, before gains: what a loss with level weights starts from."""
         image, prior, target = assignment.image, assignment.prior, assignment.target
         grids = preds.priors.grids
-        matched = at_least_float32(preds.boxes[image, prior])
+        said = preds.read(image, prior)
+        matched = at_least_float32(said.boxes)
         iou = self.iou(matched, targets.boxes[target].to(matched.dtype))
 
         level = torch.arange(len(grids), device=prior.device)[:, None]
@@ -101,7 +102,7 @@ class YoloLoss(nn.Module):
 
         strength = (1 - self.gr) + self.gr * iou.detach().clamp(min=0)
         wanted = self.objectness_targets(assignment, strength)
-        objectness = keep * self.score(preds.obj, wanted, pos_weight=self.obj_pw)
+        objectness = keep * self.score(said.objectness, wanted, pos_weight=self.obj_pw)
         terms = {
             "box": (share * (1 - iou)).sum(1) / num_rows,
             "obj": sum_levels(objectness, grids) / num_slots,
@@ -109,7 +110,7 @@ class YoloLoss(nn.Module):
         }
         if self.num_classes > 1:
             smooth = smooth_targets(targets.labels[target], self.num_classes, self.label_smoothing, iou.dtype)
-            classes = self.score(preds.cls[image, prior], smooth, pos_weight=self.cls_pw)
+            classes = self.score(said.cls, smooth, pos_weight=self.cls_pw)
             terms["cls"] = (share * classes.mean(1)).sum(1) / num_rows
         return terms
 

@@ -78,7 +78,8 @@ class YoloxLoss(nn.Module):
     def forward(self, preds: Predictions, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """Weighted scalars ``box``, ``obj``, ``cls``, ``l1``; the total is their sum."""
         image, prior, target = assignment.image, assignment.prior, assignment.target
-        boxes = at_least_float32(preds.boxes[image, prior])
+        said = preds.read(image, prior)
+        boxes = at_least_float32(said.boxes)
         wanted = targets.boxes[target].to(boxes.dtype)
         weight = assignment.weight.to(boxes.dtype)
         num_positives = all_reduce_mean(weight.sum()).clamp(min=1)
@@ -89,8 +90,8 @@ class YoloxLoss(nn.Module):
         late = coded_distance(preds.priors, prior, boxes, wanted) if self.with_l1 else torch.zeros_like(weight)
         terms = {
             "box": weight * self.box_loss(boxes, wanted),
-            "obj": keep * bce(preds.obj, objectness_targets(assignment, torch.ones_like(weight))),
-            "cls": weight * bce(preds.cls[image, prior], classes).sum(1),
+            "obj": keep * bce(said.objectness, objectness_targets(assignment, torch.ones_like(weight))),
+            "cls": weight * bce(said.cls, classes).sum(1),
             "l1": weight * late,
         }
         return {name: gain * terms[name].sum() / num_positives for name, gain in self.gains.items()}

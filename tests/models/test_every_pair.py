@@ -7,6 +7,7 @@ from models.assigners import ASSIGNERS
 from models.cfg import parse_cfg
 from models.darknet import Darknet
 from models.losses import LOSSES, build_criterion, compute_loss
+from models.raw_predictions import RawPredictions
 from tests.models.yolov3_case import OBJECTS, make_targets
 from utils.errors import UserError
 
@@ -79,5 +80,27 @@ def test_forward_and_backward_look_at_no_value(network, assigner, loss):
     criterion = build_criterion({"name": assigner}, {"name": loss}, model.num_classes, heads=model.heads).to("meta")
     raws = [output.detach().to("meta").requires_grad_() for output in model(torch.zeros(2, 3, 96, 128))]
     targets = make_targets(OBJECTS, ignore=[(1, 0, 0, 64, 96)]).to("meta")
-    sum(criterion(model.decode(raws, (96, 128)), targets).values()).backward()  # autocast does not know this device
+    preds = RawPredictions(model.heads, raws, (96, 128))  # autocast, hence compute_loss, does not know this device
+    sum(criterion(preds, targets).values()).backward()
     assert all(raw.grad is not None for raw in raws)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("assigner", ASSIGNERS)
+def test_decoding_a_few_slots_equals_decoding_all(network, assigner, loss):
+    """Training decodes what it looks at; terms and gradients are those of decoding everything."""
+    kind, model = network
+    if needs(assigner, loss) & REFUSED[kind]:
+        return
+    criterion = build_criterion({"name": assigner}, {"name": loss}, model.num_classes, heads=model.heads).double()
+    generator, size = torch.Generator().manual_seed(4), (96, 128)
+    shapes = [output.shape for output in model(torch.zeros(2, 3, *size))]
+    raws = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    targets = make_targets(OBJECTS, ignore=[(1, 0, 0, 64, 96)])
+    results = []
+    for preds in (model.decode(raws, size), RawPredictions(model.heads, raws, size)):
+        terms = criterion(preds, targets)
+        results.append((terms, torch.autograd.grad(sum(terms.values()), raws)))
+    (all_terms, all_gradients), (terms, gradients) = results
+    torch.testing.assert_close(terms, all_terms, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients, all_gradients, rtol=1e-9, atol=1e-14)

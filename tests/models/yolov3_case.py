@@ -7,8 +7,8 @@ import torch
 
 from models.coders import SigmoidExp
 from models.heads import YoloHead
+from models.raw_predictions import RawPredictions
 from models.section import Option, Section
-from models.structures import Predictions
 from utils.boxes import xywh_to_xyxy
 from utils.structures import Targets
 
@@ -20,7 +20,9 @@ def make_heads(anchors=ANCHORS, num_classes=3, coder=YOLOV3, **keys) -> tuple[Yo
     """Heads of one table of anchors, each with its part of it; ``keys`` stand in every section."""
     table = [tuple(map(float, pair)) for sizes in anchors for pair in sizes]
     keys = {"classes": num_classes, **keys}
-    section = Section("yolo", 7, "test.cfg", {key: Option(key, str(value), 8) for key, value in keys.items()})
+    section = Section(
+        "yolo", 7, "test.cfg", {key: Option(key, str(value), 8, str(value)) for key, value in keys.items()}
+    )
     heads, start = [], 0
     for sizes in anchors:
         mask = range(start, start + len(sizes))
@@ -29,11 +31,11 @@ def make_heads(anchors=ANCHORS, num_classes=3, coder=YOLOV3, **keys) -> tuple[Yo
     return tuple(heads)
 
 
-def decode(raws, anchors, size, coder=YOLOV3) -> Predictions:
-    """Raw outputs, per head [B, A, h, w, 5 + C], through the real heads."""
+def decode(raws, anchors, size, coder=YOLOV3) -> RawPredictions:
+    """Raw outputs, per head [B, A, h, w, 5 + C], through the real heads, as in training."""
     heads = make_heads(anchors, raws[0].shape[-1] - 5, coder)
     maps = [raw.permute(0, 1, 4, 2, 3).flatten(1, 2) for raw in raws]
-    return Predictions.cat([head.decode(raw, size) for head, raw in zip(heads, maps)])
+    return RawPredictions(heads, maps, size)
 
 
 class Golden:
