@@ -93,7 +93,9 @@ def mosaic(samples: list[Sample], size, augment: Augment, rng, *, stretch: bool 
         (tile_height, tile_width), _ = fit(sample.image.shape, size, stretch=stretch)
         left = center_x - tile_width * (corner % 2 == 0)
         top = center_y - tile_height * (corner < 2)
-        matrices.append(view @ _shift(left, top) @ _scale_to(sample, tile_height, tile_width))
+        matrices.append(
+            view @ _place(tile_width / sample.image.shape[1], tile_height / sample.image.shape[0], left, top)
+        )
     return _compose(samples, matrices, size)
 
 
@@ -157,18 +159,15 @@ def _mirror(sample: Sample, axis: int, side: int) -> Sample:
 # ---------------------------------------------------------------------------------------------- matrices
 
 
-def _shift(x: float, y: float) -> np.ndarray:
-    return np.array([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
-
-
-def _scale_to(sample: Sample, height: int, width: int) -> np.ndarray:
-    return np.diag([width / sample.image.shape[1], height / sample.image.shape[0], 1.0])
+def _place(scale_x: float, scale_y: float, x: float, y: float) -> np.ndarray:
+    """Zoom, then shift."""
+    return np.array([[scale_x, 0.0, x], [0.0, scale_y, y], [0.0, 0.0, 1.0]])
 
 
 def _placement(sample: Sample, size, stretch: bool) -> np.ndarray:
     """Picture -> sample, as ``letterbox`` would place it."""
     _, placed = fit(sample.image.shape, size, stretch=stretch)
-    return _shift(*placed.pad) @ np.diag([*placed.scale, 1.0])
+    return _place(*placed.scale, *placed.pad)
 
 
 def _random_view(augment: Augment, size, plane, rng) -> np.ndarray:
@@ -182,7 +181,7 @@ def _random_view(augment: Augment, size, plane, rng) -> np.ndarray:
     shear = np.eye(3)
     shear[0, 1], shear[1, 0] = np.tan(np.radians(rng.uniform(-augment.shear, augment.shear, 2)))
     middle = rng.uniform(0.5 - augment.translate, 0.5 + augment.translate, 2) * (size[1], size[0])
-    return _shift(*middle) @ shear @ turn @ tilt @ _shift(-plane[1] / 2, -plane[0] / 2)
+    return _place(1.0, 1.0, *middle) @ shear @ turn @ tilt @ _place(1.0, 1.0, -plane[1] / 2, -plane[0] / 2)
 
 
 def _is_upright(matrix: np.ndarray) -> bool:
@@ -237,9 +236,7 @@ def _crop_resize(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> n
     (left, right, cut_left, cut_right), (top, bottom, cut_top, cut_bottom) = places
     resize(image[cut_top:cut_bottom, cut_left:cut_right], canvas[top:bottom, left:right])
     scale_x, scale_y = (right - left) / (cut_right - cut_left), (bottom - top) / (cut_bottom - cut_top)
-    return np.array(
-        [[scale_x, 0.0, left - cut_left * scale_x], [0.0, scale_y, top - cut_top * scale_y], [0.0, 0.0, 1.0]]
-    )
+    return _place(scale_x, scale_y, left - cut_left * scale_x, top - cut_top * scale_y)
 
 
 def _warp(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -250,7 +247,7 @@ def _warp(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarr
     if shrink < 0.5:  # bilinear alone would leave pixels out, see resize
         small = np.empty((max(1, round(height * shrink)), max(1, round(width * shrink)), image.shape[2]), np.uint8)
         resize(image, small)
-        to_image = matrix @ np.diag([width / small.shape[1], height / small.shape[0], 1.0])
+        to_image = matrix @ _place(width / small.shape[1], height / small.shape[0], 0.0, 0.0)
         image = small
     corners, depth = _project(np.array([[0.0, 0.0, width, height]]), matrix)
     low, high = np.zeros(2, int), np.array(canvas.shape[1::-1])
@@ -259,7 +256,7 @@ def _warp(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarr
         high = np.clip(np.ceil(corners.max((0, 1))), 0, high).astype(int)
     if (high > low).all():
         # half a pixel there and back: OpenCV's coordinates are 0 in the middle of the first pixel, not at its edge
-        centered = _shift(-0.5 - low[0], -0.5 - low[1]) @ to_image @ _shift(0.5, 0.5)
+        centered = _place(1.0, 1.0, -0.5 - low[0], -0.5 - low[1]) @ to_image @ _place(1.0, 1.0, 0.5, 0.5)
         part = canvas[low[1] : high[1], low[0] : high[0]]
         span = (int(high[0] - low[0]), int(high[1] - low[1]))
         options = {"dst": part, "flags": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_TRANSPARENT}

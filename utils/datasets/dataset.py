@@ -112,7 +112,7 @@ class DetectionDataset(Dataset):
         if image.shape[:2] != (height, width):
             reduced = Letterbox(scale=(image.shape[1] / width, image.shape[0] / height))
             boxes = reduced.apply(boxes)
-            outlines = outlines and outlines.moved(reduced.apply(outlines.corners))
+            outlines = None if outlines is None else outlines.moved(reduced.apply(outlines.corners))
         info = ImageInfo(id=index, path=path, size=(height, width), letterbox=reduced)
         labels, ignore = self._labels[rows], self._ignore[rows]
         return Sample(image=image, boxes=boxes, labels=labels, ignore=ignore, info=info, outlines=outlines)
@@ -128,7 +128,7 @@ class DetectionDataset(Dataset):
 
     def _view(self, draw: Draw, index: int, rng) -> Sample:
         """One augmented sample before colour and mirroring: a mosaic around a picture, or the picture alone."""
-        max_side = 2 * max(draw.size)  # no zoom shows more
+        max_side = max(draw.size)  # as in a cache, so that a cache changes nothing
         if draw.epoch < self.open_epochs and rng.random() < self.augment.mosaic:
             samples = [self._load_or_replace(number, max_side) for number in (index, *_partners(draw, index, 3, rng))]
             return mosaic(samples, draw.size, self.augment, rng, stretch=self.stretch)

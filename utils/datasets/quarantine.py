@@ -87,6 +87,8 @@ class Quarantine:
 
     def substitute(self, index: int) -> int:
         """The picture that takes the place of a bad one: the same one each time, whoever asks."""
+        if not self.bad[index]:  # nearly always
+            return index
         rng = generator(self.seed, SUBSTITUTE, index)
         while self.bad[index]:
             index = int(rng.integers(len(self.bad)))
