@@ -94,3 +94,12 @@ ACTIVATIONS = {
     "normalize_channels_softmax": normalize_channels_softmax,
     "normalize_channels_softmax_maxval": normalize_channels_softmax_maxval,
 }
+
+
+def leaky_(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.1, inplace=True)
+
+
+# The same into the memory of their argument, for those whose gradient follows from their result: a training step then
+# keeps one map per convolution less. Only where nobody else reads the argument.
+IN_PLACE = {leaky: leaky_, F.relu: F.relu_}

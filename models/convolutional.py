@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.activations import ACTIVATIONS
+from models.activations import ACTIVATIONS, IN_PLACE
 
 BN_EPS = 1e-5  # Darknet; OpenCV's reader adds 1e-6, the PyTorch ancestor 1e-4
 # Share of the new batch in the running statistics: Darknet's GPU code 0.01, the ancestor 0.03. The larger one, because
@@ -160,7 +160,7 @@ class Convolutional(nn.Module):
         return cls(conv, norm, section.str("activation", "logistic"), blur_of(section, strides(section)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blur(self.activation(self.norm(self.conv(x))))
+        return self.blur(activated(self.activation, self.norm(self.conv(x))))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation.__name__}"
@@ -182,6 +182,11 @@ class Convolutional(nn.Module):
         conv.weight.mul_(scale.view(-1, 1, 1, 1))
         conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
         self.norm, self.fused = nn.Identity(), True
+
+
+def activated(activation, x: Tensor) -> Tensor:
+    """The activation of a map that a convolution or its normalisation has just made: no gradient needs ``x`` itself."""
+    return IN_PLACE.get(activation, activation)(x)
 
 
 def norm_arrays(norm: nn.Module) -> dict[str, Tensor]:
@@ -214,7 +219,8 @@ class SharedConvolutional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (source,) = self._source
-        return self.blur(self.activation(source.norm(F.conv2d(x, source.conv.weight, source.conv.bias, **self.keys))))
+        x = source.norm(F.conv2d(x, source.conv.weight, source.conv.bias, **self.keys))
+        return self.blur(activated(self.activation, x))
 
 
 class BatchNorm(nn.Module):

@@ -79,7 +79,7 @@ class TrainStep(nn.Module):
     def forward(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Loss terms of images [B, C, H, W]: uint8 in 0..255, or float in 0..1. The memory format is kept."""
         dtype = next(self.model.parameters()).dtype
-        images = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+        images = images.to(dtype).div_(255) if images.dtype == torch.uint8 else images.to(dtype)
         return compute_loss(self.model(images), targets, self.model, self.criterion, images.shape[-2:])
 
 
