@@ -151,13 +151,13 @@ def write_weights(model: Darknet, path: str | Path, header: Header | None = None
 def boundaries(model: Darknet) -> dict[int, int]:
     """Number of floats -> number of layers, for every prefix of the network that ends with a layer that has arrays."""
     total, ends = 0, {}
-    for array in _declared(arrays_of(model)):
+    for array in declared(arrays_of(model)):
         total += array.tensor.numel()
         ends[array.layer] = total
     return {floats: layer + 1 for layer, floats in ends.items()}
 
 
-def _declared(arrays: Sequence[Array]) -> list[Array]:
+def declared(arrays: Sequence[Array]) -> list[Array]:
     """What the cfg says is in the file."""
     return [
         array
@@ -172,7 +172,7 @@ def _end(arrays: Sequence[Array], cutoff: int | None) -> int:
 
 def _stored(arrays: list[Array], found: int, cutoff: int | None) -> list[Array]:
     arrays = arrays[: _end(arrays, cutoff)]
-    return arrays if found == count_floats(arrays) else _declared(arrays)
+    return arrays if found == count_floats(arrays) else declared(arrays)
 
 
 def _shaped(array: Array, values: Tensor, header: Header) -> Tensor:
