@@ -58,6 +58,19 @@ def test_large_pictures_are_reduced_and_their_boxes_with_them(tmp_path, kind):
         assert sample.info.size == record.size
 
 
+def test_a_cache_changes_no_training_sample(tmp_path):
+    """Also of pictures that are larger than the training size: without a cache they are reduced alike."""
+    records = paint_records(tmp_path, 5, sizes=((300, 200), (150, 260), (40, 50)))
+    augment = Augment(mosaic=0.5, mixup=0.3, scale=0.5, degrees=3, fliplr=0.5, hsv_s=0.3)
+    plain = DetectionDataset(records, augment=augment)
+    cached = DetectionDataset(records, augment=augment, cache=build_cache("ram", records, max_side=128))
+    for position in range(15):
+        draw = Draw(0, position, position % 5, (96, 128), (0, 1, 2, 3, 4))
+        one, other = plain[draw], cached[draw]
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+
+
 @pytest.mark.parametrize("kind", CACHES)
 def test_what_does_not_fit_is_refused_before_a_picture_is_read(records, tmp_path, monkeypatch, kind):
     bytes_needed = sum(height * width * 3 for height, width in (record.size for record in records))

@@ -105,7 +105,7 @@ def test_what_is_remembered_changes_no_sample(records):
         assert_equal(used[draw], DetectionDataset(records, augment=EVERYTHING)[draw])
 
 
-def test_large_pictures_are_held_at_the_size_their_largest_zoom_shows(tmp_path):
+def test_large_pictures_are_held_at_the_training_size(tmp_path):
     (record,) = paint_records(tmp_path, 1, sizes=((600, 800),))
     dataset = DetectionDataset([record], augment=Augment(scale=0.5))
     sample = dataset.load(0, 192)

@@ -2,6 +2,8 @@
 
 import collections
 import pickle
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +229,27 @@ def test_workers_change_nothing(records):
             names = vars(one.targets).keys() - {"masks"}
             pairs = [(getattr(one.targets, name), getattr(other.targets, name)) for name in names]
             assert all(torch.equal(torch.as_tensor(mine), torch.as_tensor(its)) for mine, its in pairs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc to ask about memory")
+def test_memory_stays_flat_over_many_epochs(records):
+    """In the program and in a process that loads: resident memory and open files after 60 epochs and after 260."""
+    dataset = DetectionDataset(records, augment=AUGMENT)
+    sampler = TrainSampler(len(records), 4, size=(32, 32), multi_scale=(1.0, 2.0))
+    loader = build_loader(dataset, sampler, workers=1)
+    seen = []
+    for epoch in range(260):
+        sampler.set_epoch(epoch)
+        assert sum(len(batch) for batch in loader) == len(records)
+        if epoch in (59, 259):
+            folders = [Path(f"/proc/{pid}") for pid in ("self", loader.pids[0])]
+            pages = [int((folder / "statm").read_text().split()[1]) for folder in folders]
+            seen.append(
+                (np.array(pages) * resource.getpagesize(), [len(list(folder.glob("fd/*"))) for folder in folders])
+            )
+    (before, files_before), (after, files_after) = seen
+    assert (after - before < 4e6).all(), after - before  # a batch per epoch would be three times that
+    assert max(np.subtract(files_after, files_before)) <= 2
 
 
 def test_the_loader_leaves_the_global_generator_alone(records):
