@@ -90,6 +90,13 @@ def parse_args(argv: list[str], defaults: dict | None = None) -> argparse.Namesp
         "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of convolutions"
     )
     machine.add_argument("--sync-bn", action="store_true", help="batch norm over all GPUs")
+    machine.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        help="torch.compile the network, each size of batch once; reduce-overhead: with CUDA graphs",
+    )
 
     add_bad_data(parser)
 
@@ -228,6 +235,8 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts) -> None:
         step.to(memory_format=torch.channels_last)
     if args.sync_bn:
         step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
+    if args.compile:
+        model.compile(mode=args.compile, dynamic=False)
     trainer = Trainer(
         step,
         optim=recipe.optim,

@@ -19,6 +19,7 @@ from models.structures import Assignment
 from tests.models.test_every_pair import HEADS, NET
 from tests.models.yolov3_case import OBJECTS, make_targets
 from utils.config import read_recipe
+from utils.ema import EMA
 from utils.run import PRECISIONS
 from utils.structures import Batch
 from utils.trainer import Trainer
@@ -136,3 +137,16 @@ def test_a_step_brings_nothing_from_the_host(recipe):
             sum(terms.values()).backward()
     assert watch.found == []
     assert all(parameter.grad.device.type == "meta" for parameter in step.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_network_compiles_in_one_piece(head):
+    """What ``train.py --compile`` needs: no break in the graph, the same maps, nothing of it in the average's copy."""
+    model = Darknet(parse_cfg(NET + HEADS[head]))
+    images = torch.rand(2, 3, 96, 128)
+    expected = model(images)
+    model.compile(backend="eager", fullgraph=True, dynamic=False)
+    for one, other in zip(model(images), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    copied = EMA(model).module
+    assert copied._compiled_call_impl is None and copied.state_dict().keys() == model.state_dict().keys()
