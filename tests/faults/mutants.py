@@ -148,6 +148,40 @@ OF_THE_STORE = {
 }
 
 
+class RunMutant(NamedTuple):
+    """A mistake in what continues a run, which was killed in save number ``save``; its end must differ then."""
+
+    changes: dict[str, dict[str, str]]
+    save: int
+
+
+# steps 0 1 2 make epoch 0, saved after each and after the epoch: saves 1 2 3 4, then 5 6 7 8 of epoch 1, 9 .. 12 of 2
+IN_AN_EPOCH, AFTER_ITS_ROW = 6, 8
+
+
+def in_trainer(old: str, new: str = "pass") -> dict[str, dict[str, str]]:
+    return {"utils.trainer": {old: new}}
+
+
+OF_A_RUN = {
+    "T11-generator not restored": RunMutant(in_trainer('torch.set_rng_state(tensors["rng.cpu"])'), IN_AN_EPOCH),
+    "T11-optimiser not restored": RunMutant(
+        in_trainer('checkpoint.load_optimizer_tensors(self.optimizer, part("optim"))'), IN_AN_EPOCH
+    ),
+    "T11-updates of the average not restored": RunMutant(
+        in_trainer('self.ema.updates = counters["ema_updates"]'), IN_AN_EPOCH
+    ),
+    "T11-rates start again": RunMutant(in_trainer('("epoch", "step", ', '("epoch", '), IN_AN_EPOCH),
+    "T11-pictures of the epoch start again": RunMutant(
+        {"train": {"set_epoch(epoch, first)": "set_epoch(epoch)"}}, IN_AN_EPOCH
+    ),
+    "T11-losses before the kill forgotten": RunMutant(in_trainer('"sums", ', ""), IN_AN_EPOCH),
+    "T15-an epoch stands twice": RunMutant(
+        {"utils.logger": {'if row["epoch"] < epoch]': 'if row["epoch"] <= epoch]'}}, AFTER_ITS_ROW
+    ),
+}
+
+
 def put_in(changes: dict[str, dict[str, str]]) -> None:
     """Change the code of this process: each module runs again with its new text, and all of ours see its new parts."""
     ours = [module for name, module in sys.modules.items() if name.split(".")[0] in ("utils", "models", "train")]
