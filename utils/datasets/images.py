@@ -119,7 +119,7 @@ def inspect(path: str | Path, limits: Limits = LIMITS) -> tuple[Header, bool]:
             file.seek(-len(mark), os.SEEK_END)
             if file.read() != mark:  # cut off, or with bytes after the end: only the whole file tells
                 file.seek(0)
-                _refuse_incomplete(file.read(), header.format, path, limits)
+                _completed(file.read(), header.format, path, limits)
         return header, animated
 
     return _with_file(path, look, limits)
@@ -152,7 +152,7 @@ def decode_image(data: bytes, channels: int = 3, *, where: object = "<bytes>", l
     """As ``read_image``, from the bytes of a file; ``where`` is what errors name."""
     assert channels in (1, 3), channels
     header, _ = _read_header(io.BytesIO(data), where, limits)
-    _refuse_incomplete(data, header.format, where, limits)
+    data = _completed(data, header.format, where, limits)
     if header.format == "GIF":  # OpenCV reads GIF only since 4.11
         return _orient(_decode_gif(data, channels, where), header.orientation)
     flag = cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE
@@ -264,13 +264,18 @@ def _exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def _refuse_incomplete(data: bytes, format: str, where: object, limits: Limits) -> None:
-    """Raise where a JPEG or PNG has lost its end. Bytes after the end are legal and ignored."""
-    if limits.allow_truncated and format == "JPEG":  # a PNG without its end would cost its decoder gigabytes
-        return
-    if format in COMPLETE and not COMPLETE[format](data):
-        found = f"cut off or damaged: a {format} of {len(data)} bytes without its end"
-        raise ImageError(where, found, "copy it again" + ", or --allow-truncated" * (format == "JPEG"))
+def _completed(data: bytes, format: str, where: object, limits: Limits) -> bytes:
+    """The bytes of a picture that has its end. Bytes after the end are legal and ignored.
+
+    Raises:
+        ImageError: it has none. Only a JPEG may be given one: a PNG without its end would cost its decoder gigabytes.
+    """
+    if format not in COMPLETE or COMPLETE[format](data):
+        return data
+    if limits.allow_truncated and format == "JPEG":
+        return data + END_MARKS["JPEG"]
+    found = f"cut off or damaged: a {format} of {len(data)} bytes without its end"
+    raise ImageError(where, found, "copy it again" + ", or --allow-truncated" * (format == "JPEG"))
 
 
 def _jpeg_is_complete(data: bytes) -> bool:

@@ -358,7 +358,7 @@ def test_strays_and_doubles_are_reported(tmp_path):
     write(tmp_path / "labels" / "train" / "lost.txt", GOOD)
     write(tmp_path / "labels" / "train" / "classes.txt", "cat")
     (problem,) = read_dataset(path).problems
-    assert problem.reason == "label files without a usable picture" and "lost.txt" in problem.found
+    assert problem.reason == "label files without a picture" and "lost.txt" in problem.found
     twice = write(tmp_path / "twice.yaml", "train: [images/train, images]\nnames: [cat]\n")
     assert "pictures named more than once" in [problem.reason for problem in read_dataset(twice).problems]
 

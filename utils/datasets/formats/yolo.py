@@ -58,7 +58,7 @@ def read_yolo(source: Source, problems: Problems) -> Annotated:
     if sizes and len(missing) == len(sizes):
         tried = ", ".join(str(path) for path in label_paths(missing[0]))
         raise UserError(source.where, f"none of {len(sizes)} pictures has a label file", f"looked for {tried}, ...")
-    _count_strays(source, sizes, problems)
+    _count_strays(source, pictures, problems)
     shared = Counter(next(label_paths(picture)) for picture in sizes)
     problems.add_some(
         source.file,
@@ -216,7 +216,7 @@ def _explain(line: str) -> str:
     return shown
 
 
-def _count_strays(source: Source, pictures: dict[Path, tuple[int, int]], problems: Problems) -> None:
+def _count_strays(source: Source, pictures: list[Path], problems: Problems) -> None:
     """Count label files whose picture is gone. Only where the split is whole folders: a list may leave pictures out."""
     if not all(find(entry, source.bases, source.where, "folder").is_dir() for entry in source.entries):
         return
@@ -228,4 +228,4 @@ def _count_strays(source: Source, pictures: dict[Path, tuple[int, int]], problem
         strays = [file.name for file in labels.glob("*.txt") if file.stem not in stems]
         if strays:
             found = f"{len(strays)}, such as {min(strays)}"
-            problems.add(labels, None, "label files without a usable picture", found, KEPT)
+            problems.add(labels, None, "label files without a picture", found, KEPT)
