@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks import assign_cost, assigners, journal, networks, yolox_ladder
+from benchmarks import assign_cost, assigners, gpu, journal, networks, yolox_ladder
 from benchmarks.short_training import parse_args
 from models.assigners import ASSIGNERS
 from utils.datasets.shapes import ensure_shapes
@@ -89,6 +89,16 @@ def test_cost_is_measured_on_the_scene_that_is_promised(capsys):
     assert preds.cls.shape == (2, 8400, 80) and isinstance(targets, Targets) and len(targets) == 40
     assert targets.boxes.min() >= 0 and targets.boxes.max() <= 640
     assert set(assign_cost.criteria()) == set(ASSIGNERS)
+
+
+def test_the_gpu_benchmark_runs_without_one_or_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main(gpu.parse_args([]))
+    assert capsys.readouterr().out == "no CUDA device\n"
+    gpu.main(gpu.parse_args(["--device", "cpu", "--quick"]))
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("images/s", "MFU", "largest items", "RAM cache")) and "left out" not in text
+    assert gpu.flops("yolov3", 416) == pytest.approx(65.9e9, rel=0.01)  # two per multiplication, as Darknet counts
 
 
 def test_journal_survives_and_tables_align(tmp_path, monkeypatch):
