@@ -16,6 +16,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "utils")]
 
+from run_state import WITH_NORM, Runs  # noqa: E402
 from server import Server  # noqa: E402
 from tiny import CFG, write_pictures  # noqa: E402
 
@@ -60,6 +61,14 @@ def tiny_run(tmp_path_factory) -> list[str]:
     run = ["--cfg", str(folder / "tiny.cfg"), "--data", str(data), "--epochs", "3", "--batch-size", "2"]
     steps = ["--set", "nominal_batch=2", "--workers", "0", "--device", "cpu", "--precision", "float32"]
     return run + steps
+
+
+@pytest.fixture(scope="session")
+def runs(server, tiny_run, tmp_path_factory) -> Runs:
+    """``runs.begin(folder, ...)``, ``runs.resume(folder, ...)``: runs of ``tiny_run`` with a batch norm, to compare."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "norm.cfg").write_text(CFG.replace(*WITH_NORM), encoding="utf-8")
+    return Runs(server, [*tiny_run, "--cfg", str(folder / "norm.cfg")], folder)
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
