@@ -13,7 +13,8 @@ decode per sample, which also is what ours does with a sample's neighbours in th
 read in that order, so that the buffer holds what it would hold of a large data set. With ``cache="ram"`` both read
 their own cache of decoded pictures at the training size; the goal of the cache is against the peer's JPEGs.
 
-CPU time of one thread, loading alone: no worker hands anything over. Floor: decoding each picture once.
+CPU time of one thread, loading alone: no process hands anything over. Freed memory is kept as in train.py, for the
+peer too. The floor is decoding each picture once.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks.paired import peer, take_turns, verdict
+from utils.allocator import keep_freed_memory
 from utils.datasets.augment import Augment
 from utils.datasets.cache import build_cache
 from utils.datasets.dataset import DetectionDataset
@@ -59,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
         args.rounds, args.batches, args.sizes, num = 1, 1, (64,), 32
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    keep_freed_memory()
     ultralytics = peer("ultralytics.data.dataset", "ultralytics")
     with tempfile.TemporaryDirectory() as folder:
         records = write_pictures(Path(folder), num)
