@@ -118,7 +118,13 @@ def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def _sgd(groups, optim: Optim) -> Optimizer:
-    return _quick_to_start(SGD)(groups, lr=optim.lr0, momentum=optim.momentum, nesterov=optim.momentum > 0, fused=True)
+    optimizer = _quick_to_start(SGD)(
+        groups, lr=optim.lr0, momentum=optim.momentum, nesterov=optim.momentum > 0, fused=True
+    )
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        # torch would take memory as it is and fill it in the first step, which guarded_step may leave out
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _adam(groups, optim: Optim) -> Optimizer:

@@ -286,7 +286,6 @@ class Trainer:
         checkpoint.load_module(self.train_step.model, part("model"), where)
         checkpoint.load_module(self.train_step.criterion, part("criterion"), where)
         checkpoint.load_module(self.ema.module, part("ema"), where)
-        self.optimizer.state.clear()
         checkpoint.load_optimizer_tensors(self.optimizer, part("optim"))
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:

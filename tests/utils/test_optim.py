@@ -85,6 +85,25 @@ def test_a_step_with_a_broken_gradient_moves_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_first_step_that_is_left_out_leaves_no_trace(kind):
+    """torch's fused SGD takes its moments' memory as it is, and fills it in a first step that here does not happen."""
+    moved, start = [], network().state_dict()
+    for factors in ((1.0,), (math.nan, 1.0)):
+        module = network()
+        module.load_state_dict(start)
+        optimizer = build_optimizer(module, Optim(optimizer=kind))
+        for factor in factors:
+            junk = [torch.full((64,), 1e30) for _ in range(50)]  # what freed memory holds
+            del junk
+            optimizer.zero_grad()
+            (module.eval()(torch.ones(1, 3, 5, 5)).square().sum() * factor).backward()
+            guarded_step(optimizer, clip_gradients(list(module.parameters()), 10.0)[1])
+        moved.append(module)
+    for one, other in zip(*(module.parameters() for module in moved)):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_steps_are_those_of_torch(kind):
     """Ours leave out what torch wraps around its methods for its compiler, and nothing else."""
     torch_kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
