@@ -120,7 +120,7 @@ ANY = Rule(  # keys of any layer
     other="onlyforward dont_update burnin_update train_only_bn clip learning_rate",
 )
 
-WINDOW = keys(count="size stride stride_x stride_y", natural="padding antialiasing")
+WINDOW = keys(few="size", count="stride stride_x stride_y", natural="padding antialiasing")
 POOL = WINDOW | keys(whole="maxpool_depth", count="out_channels")
 CONVOLUTION = WINDOW | keys(whole="pad batch_normalize xnor", count="dilation groups", activation="activation")
 FROM = keys(wholes="from", activation="activation")

@@ -128,6 +128,8 @@ def maxpool(section, inputs):
         return Made((channels, *shape[1:]))
     size = section.int("size", section.int("stride", 1))
     padding = section.int("padding", size - 1)
+    if padding > 2 * size - 2:
+        raise section.error(f"padding={padding}: some windows of {size} see nothing but padding", "padding")
     if section.flag("antialiasing"):
         hw = blurred(section, windows(section, shape, size, 1, 1, padding), stride_x, stride_y)
     else:

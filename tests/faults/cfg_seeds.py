@@ -34,7 +34,7 @@ CHAINS = (  # what follows FIRST, which makes 8x16x16
 )  # fmt: skip
 SEEDS = [(FIRST + chain).encode() for chain in CHAINS]
 SEEDS += [
-    f"{HEAD}policy=steps\nsteps=1\nscales=.1\nlearning_rate=0.1 # x\nbatch=64\nbatch=64\n[conv]\nfilters=4 ; y\n".encode(),
+    f"{HEAD}policy=steps\nsteps=1\nscales=.1\nbatch=64\nbatch=64\n[conv] # x\nfilters=4 ; y\n".encode(),
     "# caf\u00e9\r\n[net]\r\ninputs = 8\r\n[connected]\r\noutput=4\r\n".encode("latin-1"),
 ]
 KEYS = sorted({key for rule in (*SECTIONS.values(), NET, ANY) for key in rule.known})
