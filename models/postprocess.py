@@ -8,10 +8,11 @@ R, or N where each class has its own.
 The result is exactly that of sorting all candidates of an image by score (equal scores: by slot, then class), dropping
 in each class whatever overlaps a better one that was kept, and taking the best ``max_det``. It is found lazily: the
 fate of a candidate depends only on better ones, so candidates are looked at best first, in chunks, until ``max_det``
-are kept. Memory and time per chunk are bounded whatever the network says.
+are kept. Slots whose largest logit is too small are never scored, and of the others only those are sorted whose best
+score is high enough for the next chunks. Memory and time per chunk are bounded whatever the network says.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from utils.boxes import paired_iou
 from utils.errors import UserError
 from utils.structures import Detections
 
-CHUNK = 256  # candidates that are compared with each other, and with those kept, at once
-FIRST_POOL = 4096  # candidates that are sorted first; each further pool is 8 times larger
+CHUNK = 256  # candidates that are compared with each other at once
+LARGEST_CHUNK = 1024  # candidates that are compared with those kept at once, once the best have not been enough
+FIRST_POOL = 512  # slots whose scores are sorted first; each further pool is 8 times larger
+MARGIN = 1 - 1e-4  # the score of the largest logit is the largest score but for rounding: sigmoids are not monotone
 
 
 def iou_overlap(boxes: Tensor, others: Tensor, beta: float) -> Tensor:
@@ -91,33 +94,39 @@ def postprocess(
     wanted = torch.zeros(num_classes, device=preds.cls.device)
     wanted[list(range(num_classes) if classes is None else classes)] = 1
     num_groups = 1 if agnostic else num_classes  # candidates of one group are rivals
-    measure, aspect = NMS_KINDS[kind], size[1] / size[0]
+    measure, aspect = NMS_KINDS[kind], preds.boxes.new_tensor([1, size[1] / size[0]] * 2)
 
     detections = []
     objectness = preds.obj.sigmoid()
-    for image, (boxes, confidence) in enumerate(zip(preds.boxes, objectness)):
-        slots = ((confidence > conf_thres) & boxes.flatten(1).isfinite().all(-1)).nonzero().squeeze(1)
-        factor = confidence if preds.quality is None else confidence * preds.quality[image]
-        scores = preds.cls[image, slots].sigmoid() * factor[slots, None]
+    factors = objectness if preds.quality is None else objectness * preds.quality
+    for boxes, logits, confidence, factor in zip(preds.boxes, preds.cls, objectness, factors):
+        slots = (confidence > conf_thres).nonzero().squeeze(1)
+        reach = logits.index_select(0, slots).amax(dim=1).sigmoid() * factor[slots]
+        slots = slots[(reach >= conf_thres * MARGIN).nonzero().squeeze(1)]  # what is no number is not
+        slots = slots[boxes.index_select(0, slots).flatten(1).isfinite().all(-1).nonzero().squeeze(1)]
+        boxes = boxes.index_select(0, slots).flatten(0, -2)  # [M, 4]
+        shared = num_classes if preds.boxes.ndim == 3 else 1  # candidates per box
+        measured = boxes * aspect
+        scores = logits.index_select(0, slots).sigmoid() * factor[slots, None]
         if not multi_label:
             scores = _best_class_only(scores)
-        scores = (scores * wanted).flatten()
-        boxes = boxes[slots].flatten(0, -2)  # [M, 4]
-        shared = num_classes if preds.boxes.ndim == 3 else 1  # candidates per box
-        measured = torch.stack([boxes[:, 0::2], boxes[:, 1::2] * aspect], dim=2).flatten(1)
+        if classes is not None:
+            scores = scores * wanted
 
-        def conflicts(rows: Tensor, start: int, boxes=measured, shared=shared) -> tuple[Tensor, Tensor]:
-            """Positions in ``rows`` (best first) of all pairs (worse, better) that overlap too much, worse >= start."""
-            groups, places = rows % num_groups, rows // shared
-            rivals = (groups[start:, None] == groups).tril(start - 1)
-            worse, better = rivals.nonzero(as_tuple=True)
-            worse = worse + start
-            pair = [boxes.index_select(0, places.index_select(0, side)) for side in (worse, better)]
+        def conflicts(rows: Tensor, others: Tensor, ahead: int, boxes=measured, shared=shared):
+            """Positions of all pairs (row i, other k <= i + ahead) of one group that overlap too much."""
+            rivals = (rows % num_groups)[:, None] == others % num_groups
+            worse, better = rivals.tril(ahead).nonzero(as_tuple=True)
+            pair = [
+                boxes.index_select(0, (side // shared).index_select(0, at))
+                for side, at in ((rows, worse), (others, better))
+            ]
             over = (measure(*pair, beta_nms) > iou_thres).nonzero().squeeze(1)
             return worse[over], better[over]
 
         kept = _suppress(_best_first(scores, conf_thres), conflicts, slots[:0], max_det)
-        detections.append(Detections(boxes=boxes[kept // shared], scores=scores[kept], labels=kept % num_classes))
+        scores = scores.flatten()[kept]
+        detections.append(Detections(boxes=boxes[kept // shared], scores=scores, labels=kept % num_classes))
     return with_masks(preds.refine["mask"], detections) if "mask" in preds.refine else detections
 
 
@@ -128,29 +137,34 @@ def _best_class_only(scores: Tensor) -> Tensor:
 
 
 def _best_first(scores: Tensor, threshold: float) -> Iterator[Tensor]:
-    """Positions in ``scores`` [N] above the threshold in chunks, best first, equal scores by position.
+    """Positions in the flat ``scores`` [R, C] above the threshold in chunks, best first, equal scores by position.
 
-    Only as much is sorted as is asked for. All of a pool's equals belong to the pool, so that the order is total.
+    A pool holds the scores in ``floor < score <= ceiling``, so that the order is total; the next one starts where it
+    ends. Fewer than ``FIRST_POOL`` rows, 8 times more in each further pool, have a score above the floor.
     """
-    left = (scores > threshold).nonzero().squeeze(1)
-    pool = FIRST_POOL
-    while len(left):
-        values = scores[left]
-        if len(left) > pool:
-            within = values >= values.topk(pool, sorted=False).values.min()
-            head, left = left[within], left[~within]
-        else:
-            head, left = left, left[:0]
-        order = scores[head].argsort(descending=True, stable=True)
-        yield from head[order].split(CHUNK)
-        pool *= 8
+    best = scores.amax(dim=1)
+    pool, chunk, ceiling, floor = FIRST_POOL, CHUNK, float("inf"), float("inf")
+    while floor > threshold:
+        floor = max(float(best.topk(pool).values[-1]), threshold) if len(best) > pool else threshold
+        rows = (best > floor).nonzero().squeeze(1)
+        values = scores.index_select(0, rows).flatten()
+        within = ((values > floor) & (values <= ceiling)).nonzero().squeeze(1)
+        within = within[values[within].argsort(descending=True, stable=True)]
+        num_classes = scores.shape[1]
+        yield from (rows[within // num_classes] * num_classes + within % num_classes).split(chunk)
+        ceiling, pool, chunk = floor, pool * 8, LARGEST_CHUNK
 
 
-def _suppress(chunks: Iterator[Tensor], conflicts: Callable, kept: Tensor, max_det: int) -> Tensor:
+def _suppress(chunks: Iterable[Tensor], conflicts: Callable, kept: Tensor, max_det: int) -> Tensor:
     """``kept`` and the best candidates that are in conflict with none kept before them, at most ``max_det`` in all."""
     for chunk in chunks:
-        rows = torch.cat([kept, chunk])
-        kept = rows[_survivors(len(rows), *conflicts(rows, len(kept)))]
+        free = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
+        free[conflicts(chunk, kept, len(kept))[0]] = False
+        chunk = chunk[free]
+        if len(chunk) > CHUNK:
+            kept = _suppress(chunk.split(CHUNK), conflicts, kept, max_det)
+        else:
+            kept = torch.cat([kept, chunk[_survivors(len(chunk), *conflicts(chunk, chunk, -1))]])
         if len(kept) >= max_det:
             break
     return kept[:max_det]

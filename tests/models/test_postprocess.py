@@ -206,6 +206,24 @@ def test_worst_cases_stay_bounded():
     assert 0 < largest <= module.CHUNK * (module.CHUNK + 300)
 
 
+def test_a_rare_class_is_found_behind_many_better_slots(monkeypatch):
+    """Slots are chosen by their best score, whose class may be another than the ones asked for."""
+    monkeypatch.setattr(module, "FIRST_POOL", 8)
+    preds = _random(num_images=1, num_slots=500, num_classes=4, spread=4000)
+    preds.cls[..., 3] -= 6
+    found = postprocess(preds, conf_thres=0.001, classes=[3], max_det=20)[0]
+    expected, scores = _reference(preds, 0, 0.001, 0.45, 20, [3], False, True, "default", 0.6)
+    assert len(found) == 20 and torch.equal(found.boxes, preds.boxes[0][[slot for slot, _ in expected]])
+    np.testing.assert_allclose(found.scores.numpy(), scores, rtol=1e-12)
+
+
+def test_one_logit_that_is_no_number_silences_its_slot():
+    preds = _random(num_images=1, num_slots=50, num_classes=5, spread=4000)
+    preds.cls[0, 7, 2] = torch.nan
+    found = postprocess(preds, conf_thres=0.0, iou_thres=1.0, max_det=10**6)[0]
+    assert len(found) == 49 * 5 and not (found.boxes == preds.boxes[0, 7]).all(1).any()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_same_on_the_gpu():
