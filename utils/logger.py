@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import ResourceError, UserError
 from utils.failpoints import failpoint
-from utils.files import read_bytes, write_text
+from utils.files import atomic_write, read_bytes, write_text
 
 WIDTH = 10  # of a console column
 LOG = "log.jsonl"
@@ -36,6 +36,7 @@ class Logger:
 
     def __init__(self, folder: Path | None, *, start_epoch: int = 0):
         self.folder, self.rows, self.warned = folder, [], set()
+        self.is_behind = False  # the last rows could not be written
         self.header = ""
         self.tensorboard = None
         if folder is None:
@@ -87,7 +88,12 @@ class Logger:
         self._console(row)
         row = {**row, **details}
         self.rows.append(row)
-        write_rows(self.folder, self.rows)
+        try:
+            write_rows(self.folder, self.rows)
+            self.is_behind = False
+        except ResourceError as error:
+            self.is_behind = True
+            self.say(f"warning: {error}: this epoch's row will be written with the next one's")
         with self.guard("TensorBoard"):
             for name, value in row.items():
                 if self.tensorboard is not None and isinstance(value, (int, float)) and name != "epoch":
@@ -119,6 +125,9 @@ class Logger:
             self.tensorboard.flush()
 
     def close(self) -> None:
+        """Raises ResourceError where the rows cannot be written to the end."""
+        if self.is_behind:
+            write_rows(self.folder, self.rows)
         with self.guard("TensorBoard"):
             if self.tensorboard is not None:
                 self.tensorboard.close()
@@ -163,5 +172,6 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     table = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
     table.writerows(rows)
-    failpoint("csv.append")
-    write_text(folder / "results.csv", text.getvalue())
+    with atomic_write(folder / "results.csv") as file:
+        failpoint("csv.append")
+        file.write(text.getvalue().encode("utf-8"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import SUFFIX, read_checkpoint
+from utils.checkpoint import SUFFIX
 from utils.errors import UserError
 from utils.files import write_text
 from utils.run import WEIGHTS, find_run
@@ -41,10 +41,10 @@ def find_resumed(project: str, name: str, resume: str | None) -> Found | None:
         resume = _newest(Path(project), name)
     if resume is None:
         return None
-    path, damaged = find_run(project, resume)
-    for error in damaged:
+    found = find_run(project, resume)
+    for error in found.passed_over:
         print(f"warning: passed over {error}", file=sys.stderr)
-    return Found(path, *read_checkpoint(path), damaged)
+    return found
 
 
 def _newest(project: Path, name: str) -> str | None:

@@ -10,11 +10,11 @@ from typing import NamedTuple, TextIO
 import numpy as np
 import torch
 
-from utils.checkpoint import SUFFIX
+from utils.checkpoint import SUFFIX, read_checkpoint
 from utils.distributed import broadcast, is_main, local_rank, world_size
 from utils.errors import ResourceError, UserError
 from utils.files import remove_parts
-from utils.store import Store
+from utils.store import Found, Store
 
 try:
     import fcntl
@@ -60,22 +60,22 @@ def shared_new_run(project: str | Path, name: str, exist_ok: bool) -> Path:
     return Path(broadcast(str(folder)))
 
 
-def find_run(project: str | Path, text: str) -> tuple[Path, list[UserError]]:
+def find_run(project: str | Path, text: str) -> Found:
     """The checkpoint to continue from: a file, a run folder, or with ``""`` the newest run of the project.
 
-    Returns:
-        The newest checkpoint that reads well, and what was wrong with newer ones.
+    Raises:
+        UserError: there is none that reads well.
     """
     if Path(text).is_file():
         if Path(text).resolve().parent.name != WEIGHTS:
             raise UserError(text, f"not in the {WEIGHTS} folder of a run", "--weights FILE starts a new run from it")
-        return Path(text).resolve(), []
+        path = Path(text).resolve()
+        return Found(path, *read_checkpoint(path), [])
     folders = [Path(text)] if text else [file.parents[1] for file in Path(project).glob(f"*/{WEIGHTS}/*{SUFFIX}")]
     if not folders:
         raise UserError("--resume", f"no run with a checkpoint under {project}", "--resume RUN names one")
     newest = max(folders, key=lambda folder: (folder / WEIGHTS).stat().st_mtime_ns if text == "" else 0)
-    found = Store(newest / WEIGHTS).latest()
-    return found.path, found.passed_over
+    return Store(newest / WEIGHTS).latest()
 
 
 def lock_run(folder: Path) -> TextIO:

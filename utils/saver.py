@@ -53,18 +53,12 @@ class Saver:
         problem = None
         if is_main():
             try:
-                if self.store.save(self.trainer.tensors(), meta, self.trainer.step):
-                    self.keep(names)
+                self.store.save(self.trainer.tensors(), meta, self.trainer.step, names)
             except DivergenceError as error:
                 problem = error.where, error.message, error.hint
         if problem := broadcast(problem):
             raise DivergenceError(*problem)
         self.since, self.has_saved = time.monotonic(), True
-
-    def keep(self, names: Iterable[str]) -> None:
-        """More names for the newest checkpoint."""
-        for name in names:
-            self.store.keep(name)
 
     def between_steps(self) -> None:
         """Save if it is time or asked for, and stop if that is. Raises Stopped."""

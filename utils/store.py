@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,8 +52,14 @@ class Store:
     def path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
 
-    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], step: int) -> bool:
+    def save(
+        self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], step: int, names: Iterable[str] = ()
+    ) -> bool:
         """Commit a checkpoint as ``last``. False: the disk did not take it, the older ones are as they were.
+
+        Args:
+            names: under which it is kept for good, too. They come before ``last``: a run that is killed in between
+                continues from before this save, and makes it again.
 
         Raises:
             DivergenceError: a tensor is not finite; nothing is written.
@@ -64,31 +70,22 @@ class Store:
 
         def commit(part: Path) -> None:
             _verify(part, data)
+            for name in names:
+                _link_or_copy(part, self.path(name))
             failpoint("save.prune")
             self._rotate()
 
-        def write() -> None:
+        try:
             with atomic_write(self.last, point="save", before_rename=commit) as file:
                 _write_blocks(file, data)
-            self.last_is_good = True
-
-        return self._attempt(write)
-
-    def keep(self, name: str) -> bool:
-        """Keep the newest save under another name, too: a second name of the same file, a copy where there are none."""
-
-        def link() -> None:
-            part = self.path(name).with_name(f".{name}{SUFFIX}.{secrets.token_hex(4)}{PART}")
-            try:
-                os.link(self.last, part)
-            except OSError:  # a file system without links
-                with atomic_write(self.path(name)) as file:
-                    file.write(self.last.read_bytes())
-            else:
-                part.replace(self.path(name))
-                part.unlink(missing_ok=True)  # it had this name already
-
-        return self._attempt(link)
+        except ResourceError as error:
+            self.failures += 1
+            if self.failures == ATTEMPTS:
+                raise ResourceError(self.folder, f"{ATTEMPTS} saves in a row failed, the last one: {error}") from error
+            self.say(f"warning: not saved, the next save tries again: {error}")
+            return False
+        self.failures, self.last_is_good = 0, True
+        return True
 
     def latest(self) -> Found:
         """The newest checkpoint that reads well. The names say which are newer, then the steps; no clock is asked.
@@ -118,19 +115,6 @@ class Store:
         if free < COPIES * size:
             found = f"{free / 1e6:.0f} MB free, {COPIES} checkpoints need {COPIES * size / 1e6:.0f} MB"
             raise ResourceError(self.folder, found, "make room, or see --project")
-
-    def _attempt(self, write: Callable[[], None]) -> bool:
-        """Write; a failure is a warning, the third in a row an error."""
-        try:
-            write()
-        except (OSError, ResourceError) as error:
-            self.failures += 1
-            if self.failures == ATTEMPTS:
-                raise ResourceError(self.folder, f"{ATTEMPTS} saves in a row failed, the last one: {error}") from error
-            self.say(f"warning: not saved, the next save tries again: {error}")
-            return False
-        self.failures = 0
-        return True
 
     def _rotate(self) -> None:
         """The newest becomes the one before; a damaged one takes no good one's place."""
@@ -162,6 +146,18 @@ def _verify(part: Path, data: bytes) -> None:
     """Raises OSError where a file does not read back as what was written to it."""
     if part.read_bytes() != data:
         raise OSError(errno.EIO, "it reads back as something else")
+
+
+def _link_or_copy(part: Path, path: Path) -> None:
+    """Give a file that is being written a second name; where the disk has no links, a copy gets it."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
+    try:
+        os.link(part, new)
+    except OSError:
+        with atomic_write(path) as file:
+            file.write(part.read_bytes())
+    else:
+        new.replace(path)
 
 
 def _reads_well(path: Path) -> bool:

@@ -54,10 +54,7 @@ OF_THE_STORE = {
     ),
     "T35-not verified": Mutant(in_store("            _verify(part, data)\n", ""), checks.verifies_before_it_rotates),
     "T35-pruned before verified": Mutant(
-        in_store(
-            '            _verify(part, data)\n            failpoint("save.prune")\n            self._rotate()\n',
-            '            self._rotate()\n            failpoint("save.prune")\n            _verify(part, data)\n',
-        ),
+        in_store("            _verify(part, data)\n", "            self._rotate()\n            _verify(part, data)\n"),
         checks.verifies_before_it_rotates,
     ),
     "T35-one kept": Mutant(in_store("self.last.replace(self.previous)", "pass"), checks.keeps_two_at_every_call),
@@ -123,16 +120,13 @@ OF_THE_STORE = {
         checks.outlives_a_full_disk,
     ),
     "T7-failures add up": Mutant(
-        in_store("        self.failures = 0\n        return", "        return"), checks.tries_again
+        in_store("self.failures, self.last_is_good = 0, True", "self.last_is_good = True"), checks.tries_again
     ),
     "W18-written through a link": Mutant(
         in_files("    path = Path(path)\n    part", "    path = Path(path).resolve()\n    part"), checks.replaces_links
     ),
     "W20-best rewritten in place": Mutant(
-        in_store(
-            "                part.replace(self.path(name))\n",
-            "                self.path(name).write_bytes(self.last.read_bytes())\n",
-        ),
+        in_store("        new.replace(path)\n", "        path.write_bytes(part.read_bytes())\n"),
         checks.never_rewrites_in_place,
     ),
     "S14-a planted file is followed": Mutant(

@@ -24,8 +24,8 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"model.weight": weight, "ema.weight": weight / 3, "optim.weight.momentum_buffer": weight.double() / 7}
 
 
-def save(store: utils.store.Store, step: int) -> bool:
-    return store.save(tensors(step), {"cfg": "[net]\n", "names": ["a"], "epoch": step}, step)
+def save(store: utils.store.Store, step: int, names=()) -> bool:
+    return store.save(tensors(step), {"cfg": "[net]\n", "names": ["a"], "epoch": step}, step, names)
 
 
 def saved(folder: Path, *steps: int) -> utils.store.Store:
@@ -61,19 +61,28 @@ def latest_step(folder: Path) -> int:
 
 
 def recorded_save(folder: Path) -> tuple[Recorder, int]:
-    """A third save, call by call, and the number of calls after which it counted as done."""
-    store = saved(folder, 1, 2)
+    """A third save, the best one, call by call, and the number of calls after which it counted as done."""
+    store = saved(folder, 1)
+    save(store, 2, ["best"])
     with Recorder(folder) as recorder:
-        assert save(store, 3)
+        assert save(store, 3, ["best"])
     return recorder, len(recorder.calls)
+
+
+def left(files: dict[str, bytes], folder: Path) -> Path:
+    """What of them resume depends on, in a folder; ``best`` is another save than ``last``, and must be whole."""
+    place = lay_out(files, folder.with_name(f"{folder.name}-left"))
+    assert utils.checkpoint.read_checkpoint(place / "best.safetensors")[1]["step"] in (2, 3)
+    (place / "best.safetensors").unlink()
+    return place
 
 
 def survives_a_kill_at_every_call(folder: Path) -> str:
     """T2: what is found is the last save that counted as done, or the one that was under way."""
     recorder, done = recorded_save(folder)
     for count in range(done + 1):
-        left = lay_out(recorder.after_kill(count), folder.with_name(f"{folder.name}-left"))
-        assert latest_step(left) >= (3 if count == done else 2), f"lost by a kill after {recorder.calls[:count][-1:]}"
+        found = latest_step(left(recorder.after_kill(count), folder))
+        assert found >= (3 if count == done else 2), f"lost by a kill after {recorder.calls[:count][-1:]}"
     return f"{done + 1} points, 0 lost"
 
 
@@ -81,22 +90,21 @@ def keeps_two_at_every_call(folder: Path) -> str:
     """T35: two good checkpoints at any moment but that between two renames."""
     recorder, done = recorded_save(folder)
     for count in range(done + 1):
-        left = lay_out(recorder.after_kill(count), folder.with_name(f"{folder.name}-left"))
         between = count > 0 and recorder.calls[count - 1][0] == "rename"
-        assert len(valid_steps(left)) >= 2 - between, f"fewer after {recorder.calls[:count][-1:]}"
-    assert valid_steps(folder) == [2, 3]
+        steps = valid_steps(left(recorder.after_kill(count), folder))
+        assert len(steps) >= 2 - between, f"fewer after {recorder.calls[:count][-1:]}"
+    assert valid_steps(folder) == [2, 3, 3]
     return "two good ones at every call, one between the two renames"
 
 
 def survives_a_power_failure(folder: Path) -> str:
-    """The same of what is left when bytes and names that were not fsynced are gone."""
+    """T34: the same of what is left when bytes and names that were not fsynced are gone."""
     recorder, done = recorded_save(folder)
     states = 0
     for count in range(done + 1):
         for files in recorder.after_power_failure(count):
-            left = lay_out(files, folder.with_name(f"{folder.name}-left"))
-            expected = 3 if count == done else 2
-            assert latest_step(left) >= expected, f"lost by a failure after {recorder.calls[:count][-1:]}"
+            found = latest_step(left(files, folder))
+            assert found >= (3 if count == done else 2), f"lost by a failure after {recorder.calls[:count][-1:]}"
             states += 1
     return f"{states} states of the disk, 0 lost"
 
@@ -226,8 +234,8 @@ def replaces_links(folder: Path) -> str:
     precious.write_bytes(b"mine")
     for name in ("last", "previous", "best"):
         (folder / f"{name}.safetensors").symlink_to(precious)
-    store = saved(folder, 1, 2)
-    assert store.keep("best")
+    store = saved(folder, 1)
+    assert save(store, 2, ["best"])
     assert precious.read_bytes() == b"mine"
     assert not any(file.is_symlink() for file in folder.iterdir()) and valid_steps(folder) == [1, 2, 2]
     return "link replaced, its target untouched"
@@ -256,11 +264,11 @@ def writes_no_planted_file(folder: Path) -> str:
 
 def never_rewrites_in_place(folder: Path) -> str:
     """W20: a file that has a name keeps its bytes; another file takes the name."""
-    store = saved(folder, 1)
-    store.keep("best")
+    store = saved(folder)
+    save(store, 1, ["best"])
     with store.last.open("rb") as old_last, store.path("best").open("rb") as old_best:
         before = store.last.read_bytes()
-        assert save(store, 2) and store.keep("best") and save(store, 3)
+        assert save(store, 2, ["best"]) and save(store, 3)
         assert old_last.read() == old_best.read() == before
     assert utils.checkpoint.read_checkpoint(store.path("best"))[1]["step"] == 2
     return "the names moved, the files did not change"
@@ -281,10 +289,9 @@ def warns_of_foreign_hands(folder: Path, capture) -> str:
 
 def asks_no_clock(folder: Path) -> str:
     """W16, T27: what is newest is said by names and steps, also where the files' times say the opposite."""
-    store = saved(folder, 1, 2, 3)
-    store.keep("best")
-    save(store, 4)
-    store.keep("epoch10")
+    store = saved(folder, 1, 2)
+    save(store, 3, ["best"])
+    save(store, 4, ["epoch10"])
     save(store, 5)
     for age, name in enumerate(("last", "previous", "epoch10", "best")):
         os.utime(store.path(name), (age, age))

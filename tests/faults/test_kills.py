@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import store_checks as checks
+import torch
 from server import Running, Server
 
 from utils.checkpoint import read_checkpoint
@@ -44,6 +45,8 @@ def test_a_kill_in_a_save(name, number, server, tmp_path, seen):
 def state(run: Path) -> dict[str, object]:
     """All that a run's end consists of."""
     tensors, meta = read_checkpoint(run / "weights" / "last.safetensors")
+    best, best_meta = read_checkpoint(run / "weights" / "best.safetensors")
+    tensors |= {f"best {name}": tensor for name, tensor in best.items()} | {"best": torch.tensor(best_meta["step"])}
     kept = {key: meta[key] for key in ("cfg", "names", "recipe", "epoch", "step", "ema_updates", "best")}
     parts = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
     return parts | kept | {"results.csv": (run / "results.csv").read_bytes()}

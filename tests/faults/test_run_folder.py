@@ -81,6 +81,21 @@ def test_t7_a_disk_that_fills_during_a_run(server, tiny_run, mounted, seen):
     seen(line.replace(str(disk), ""))
 
 
+def test_t7_a_row_that_does_not_fit_once(server, tiny_run, tmp_path, seen):
+    """The log is complete again with the next epoch."""
+    done = server.run("train.py", *tiny_run, "--project", tmp_path, env={VARIABLE: "csv.append:2:enospc"})
+    assert done.code == 0 and rows(tmp_path / "exp") == ["0", "1", "2"]
+    (warning,) = [line for line in (done.out + done.err).splitlines() if line.startswith("warning")]
+    seen(warning.replace(str(tmp_path), ""))
+
+
+def test_t7_rows_that_never_fit(server, tiny_run, tmp_path, seen):
+    """The training ends and is saved; that its log is missing is an error."""
+    done = server.run("train.py", *tiny_run, "--project", tmp_path, env={VARIABLE: "csv.append:1+:enospc"})
+    assert done.code == 5 and newest_step(tmp_path / "exp") == 9
+    seen(done.error_line().replace(str(tmp_path), ""))
+
+
 def test_t7_a_disk_that_is_too_small_to_begin(server, tiny_run, mounted, seen):
     disk = mounted("size=64k")
     done = server.run("train.py", *tiny_run, "--project", disk)

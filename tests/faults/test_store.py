@@ -96,8 +96,8 @@ def test_w16_resume_says_what_it_passed_over(tmp_path):
     (run / "weights").mkdir()
     store = checks.saved(run / "weights", 1, 2)
     store.last.write_bytes(b"")
-    path, passed_over = find_run(tmp_path, "")
-    assert path == store.previous and str(store.last) in str(passed_over[0])
+    found = find_run(tmp_path, "")
+    assert found.path == store.previous and str(store.last) in str(found.passed_over[0])
 
 
 def test_w17_a_newer_version(folder, monkeypatch, seen):
@@ -210,8 +210,7 @@ def test_t36_a_folder_does_not_grow(folder, seen):
     store = checks.saved(folder, 0)
     start = time.process_time()
     for step in range(1, 60):
-        checks.save(store, step)
-        store.keep("best")
+        checks.save(store, step, ["best"])
     each = (time.process_time() - start) / 59
     assert sorted(file.name for file in folder.iterdir()) == [
         f"{name}.safetensors" for name in ("best", "last", "previous")
@@ -221,18 +220,17 @@ def test_t36_a_folder_does_not_grow(folder, seen):
 
 
 def test_best_is_another_name_of_last_or_a_copy(folder, monkeypatch):
-    store = checks.saved(folder, 1)
-    assert store.keep("best") and store.keep("best")
-    assert store.path("best").samefile(store.last)
+    store = checks.saved(folder)
+    assert checks.save(store, 1, ["best", "epoch3"])
+    assert store.path("best").samefile(store.last) and store.path("epoch3").samefile(store.last)
 
     def no_links(*args):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)
-    checks.save(store, 2)
-    assert store.keep("best") and not store.path("best").samefile(store.last)
+    assert checks.save(store, 2, ["best"]) and not store.path("best").samefile(store.last)
     assert store.path("best").read_bytes() == store.last.read_bytes()
-    assert len(list(folder.iterdir())) == 3
+    assert sorted(file.stem for file in folder.iterdir()) == ["best", "epoch3", "last", "previous"]
 
 
 def test_the_checksum_covers_header_and_tensors(folder):
