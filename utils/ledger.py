@@ -3,6 +3,7 @@
 Letters: P parameters that are taught.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -69,10 +70,10 @@ def culprit(norms: Tensor) -> Tensor:
 
 
 class KeptBuffers:
-    """What a module measures (means and variances of its batch norms), put back where a step was not finite.
+    """What a module measures and counts (means and variances of its batch norms), put back where a step was not finite.
 
-    A forward pass writes them before anybody knows what the step is worth. One copy, one choice and one multi-tensor
-    write per step, all on the device.
+    A forward pass writes them before anybody knows what the step is worth. For each type one copy, one choice and one
+    multi-tensor write per step, all on the device.
     """
 
     def __init__(self, module: nn.Module):
@@ -81,22 +82,26 @@ class KeptBuffers:
 
     def renew(self) -> None:
         """The present values are good."""
-        self.buffers = [buffer for buffer in self.module.buffers() if buffer.is_floating_point() and buffer.numel()]
-        self.good = self._all() if self.buffers else None
-
-    def _all(self) -> Tensor:
-        return torch.cat([buffer.reshape(-1) for buffer in self.buffers])
+        self.buffers = defaultdict(list)
+        for buffer in self.module.buffers():
+            if buffer.numel():
+                self.buffers[buffer.dtype].append(buffer)
+        self.good = {dtype: _flat(buffers) for dtype, buffers in self.buffers.items()}
 
     @torch.no_grad()
     def keep(self, finite: Tensor) -> None:
         """The present values become the good ones where ``finite`` (bool []), else the good ones are put back."""
-        if self.good is not None:
-            self.good = torch.where(finite, self._all(), self.good)
-            self.put_back()
+        for dtype, buffers in self.buffers.items():
+            self.good[dtype] = torch.where(finite, _flat(buffers), self.good[dtype])
+        self.put_back()
 
     @torch.no_grad()
     def put_back(self) -> None:
         """The good values."""
-        if self.good is not None:
-            parts = self.good.split([buffer.numel() for buffer in self.buffers])
-            torch._foreach_copy_(self.buffers, [part.view_as(buffer) for part, buffer in zip(parts, self.buffers)])
+        for dtype, buffers in self.buffers.items():
+            parts = self.good[dtype].split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers)])
+
+
+def _flat(buffers: Sequence[Tensor]) -> Tensor:
+    return torch.cat([buffer.reshape(-1) for buffer in buffers])

@@ -105,6 +105,7 @@ class Trainer:
                 self.look()
                 watch(group.stop, self.means())
             between()
+        next(batches, None)  # there are no more: a loader may keep its processes for the next epoch
         self.look()
         return self.means()
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.utils.data import DataLoader
-
 from utils.datasets.augment import Augment
 from utils.datasets.cache import build_cache
 from utils.datasets.dataset import DetectionDataset
@@ -13,6 +11,7 @@ from utils.datasets.loader import EvalSampler, TrainSampler, balance_weights, bu
 from utils.datasets.overlap import shared_pictures
 from utils.datasets.quarantine import refuse_bad
 from utils.datasets.records import Problem, read_dataset
+from utils.datasets.workers import Loader, check_room
 from utils.distributed import is_main, main_first, rank, world_size
 from utils.errors import UserError, printable
 from utils.structures import Record
@@ -91,7 +90,7 @@ def build_loaders(
     epochs: int,
     workers: int,
     pin_memory: bool,
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[Loader, Loader]:
     """(training, validation): augmented batches dealt to all processes; plain ones in full for the first process.
 
     Args:
@@ -105,10 +104,13 @@ def build_loaders(
 
     Raises:
         UserError: batches that cannot be dealt to the processes, pictures that cannot be cached.
+        ResourceError: no room for what ``workers`` make.
     """
     share, rest = divmod(batch_size, world_size())
     if share < 1 or rest:
         raise UserError(f"--batch-size {batch_size}", f"not a positive multiple of {world_size()} processes")
+    largest = size[0] * size[1] * max(1.0, *augment.multi_scale) ** 2
+    check_room(workers, int(share * channels * largest))
     caches = [None, None]
     if cache:
         with main_first():

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -30,10 +31,12 @@ try:
 except ImportError:  # Windows, which has no limit of this kind
     resource = None
 
+T, U = TypeVar("T"), TypeVar("U")
 PREFETCH = 4  # batches that a process makes ahead
 POLL = 5.0  # seconds between two looks at whether the processes live
 PATIENCE = 300.0  # seconds without a batch, after which a process is said to hang
 DIED, TIMED_OUT, INSIDE = "DataLoader worker (pid", "DataLoader timed out", "Caught "  # how torch's errors begin
+HANGS = "no answer"
 SHARED_MEMORY = Path("/dev/shm")  # where batches wait, on Linux
 OPEN_FILES, FILES_PER_BATCH = 128, 8  # of a program; of a batch on its way
 
@@ -101,7 +104,7 @@ class Loader:
             loader = self.loader
         self.loader = None
         try:
-            batches = iter(loader)
+            batches = _ask(iter, loader)
             _let_children_die_quietly()
             yield from _patiently(batches) if self.workers else batches
             if whole:
@@ -136,19 +139,30 @@ def _patiently(batches: Iterator) -> Iterator:
     since = time.monotonic()
     while True:
         try:
-            batch = next(batches)
+            batch = _ask(next, batches)
         except StopIteration:
             return
-        except (RuntimeError, OSError, EOFError) as error:
-            text = str(error)
-            if text.startswith(INSIDE) or (isinstance(error, RuntimeError) and not text.startswith((DIED, TIMED_OUT))):
+        except LostWorkerError as error:
+            if str(error) != HANGS:
                 raise
-            if text.startswith(TIMED_OUT) and time.monotonic() - since < PATIENCE:
-                continue
-            hung = f"no batch for {PATIENCE:.0f} s"
-            raise LostWorkerError(hung if text.startswith(TIMED_OUT) else text.splitlines()[0]) from error
+            if time.monotonic() - since > PATIENCE:
+                raise LostWorkerError(f"no batch for {PATIENCE:.0f} s") from error
+            continue
         yield batch
         since = time.monotonic()
+
+
+def _ask(ask: Callable[[T], U], whom: T) -> U:
+    """``ask(whom)``; what torch says of a worker that is gone or does not answer becomes a LostWorkerError."""
+    try:
+        return ask(whom)
+    except (RuntimeError, OSError, EOFError) as error:
+        text = str(error)
+        if text.startswith(TIMED_OUT):
+            raise LostWorkerError(HANGS) from error
+        if text.startswith(DIED) or (not isinstance(error, RuntimeError) and not text.startswith(INSIDE)):
+            raise LostWorkerError(text.partition("\n")[0]) from error
+        raise
 
 
 def _let_children_die_quietly() -> None:
