@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.datasets.records import read_names
     from utils.datasets.sources import open_source
     from utils.draw import draw_detections
+    from utils.evaluate import refuse_invalid
     from utils.prefetch import prefetch
     from utils.results import ResultWriter, check_codec
     from utils.run import new_run, select_device, select_precision
@@ -109,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # look
-    seen, totals, start = 0, Counter(), time.perf_counter()
+    seen, num_invalid, totals, start = 0, 0, Counter(), time.perf_counter()
     batch_size = 1 if source.live else args.batch_size
     placed = prefetch(place(source, batch_size, size, stretches(args.resize, model)))
     with (
@@ -122,6 +123,7 @@ def main(args: argparse.Namespace) -> None:
             writer.write(frame, detections, None if args.nosave else drawn)
             totals.update(detections.labels.tolist())
             seen += 1
+            num_invalid += detections.num_invalid
             bar.update()
             if window and not window.show(drawn):
                 break
@@ -135,6 +137,7 @@ def main(args: argparse.Namespace) -> None:
     for problem in source.problems:
         print(f"warning: {problem}")
     print(f"Results: {folder}")
+    refuse_invalid(num_invalid, args.weights)
     if source.problems and args.strict:
         raise QuarantineError(args.source, "not everything could be read, see the warnings above")
 

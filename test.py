@@ -50,7 +50,7 @@ def main(args: argparse.Namespace):
     from utils.datasets.loader import EvalSampler, build_loader
     from utils.datasets.quarantine import refuse_bad, write_quarantine
     from utils.datasets.records import read_dataset
-    from utils.evaluate import evaluate
+    from utils.evaluate import evaluate, refuse_invalid
     from utils.gallery import Gallery
     from utils.metrics import PROTOCOLS
     from utils.plots import save_evaluation_plots
@@ -114,6 +114,7 @@ def main(args: argparse.Namespace):
     if args.save_json:
         print(f"COCO results: {predictions.write_json(data.category_ids)}")
     print(f"Results: {folder}")
+    refuse_invalid(result.num_invalid, weights)
     return result
 
 

@@ -164,7 +164,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts) -> None:
     from utils.datasets.limits import Limits
     from utils.datasets.quarantine import write_quarantine
     from utils.datasets.splits import build_loaders, read_splits
-    from utils.evaluate import evaluate
+    from utils.evaluate import evaluate, refuse_invalid
     from utils.files import write_text
     from utils.fitness import Best, fitness
     from utils.gallery import Gallery
@@ -326,6 +326,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts) -> None:
     logger.close()
     write_summary(run, {"epochs": trainer.epoch, "best": best.as_dict(), **evaluation.scalars()})
     logger.say(f"\n{evaluation.table(verbose=True)}\n{where_things_are(run, final, best)}")
+    refuse_invalid(evaluation.num_invalid, final)
 
 
 # ---- the chapters ----------------------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ def postprocess(
             the picture: the same for stretched pictures; for letterboxed ones that are not square it can decide
             otherwise on a box near the threshold.
 
-    A slot with a box or score that is not finite is never kept. Errors: UserError for a class that the network does not
-    have.
+    A slot with a box or score that is not finite is never kept, but counted (``num_invalid``). Errors: UserError for a
+    class that the network does not have.
     """
     assert conf_thres >= 0 and max_det >= 0
     preds = refined(preds)
@@ -100,10 +100,13 @@ def postprocess(
     objectness = preds.obj.sigmoid()
     factors = objectness if preds.quality is None else objectness * preds.quality
     for boxes, logits, confidence, factor in zip(preds.boxes, preds.cls, objectness, factors):
-        slots = (confidence > conf_thres).nonzero().squeeze(1)
+        slots = (~(confidence <= conf_thres)).nonzero().squeeze(1)  # what is no number comes with them, to be counted
         reach = logits.index_select(0, slots).amax(dim=1).sigmoid() * factor[slots]
-        slots = slots[(reach >= conf_thres * MARGIN).nonzero().squeeze(1)]  # what is no number is not
-        slots = slots[boxes.index_select(0, slots).flatten(1).isfinite().all(-1).nonzero().squeeze(1)]
+        far = (~(reach < conf_thres * MARGIN)).nonzero().squeeze(1)
+        slots, reach = slots[far], reach[far]
+        valid = boxes.index_select(0, slots).flatten(1).isfinite().all(-1) & reach.isfinite()
+        num_found, slots = len(slots), slots[valid.nonzero().squeeze(1)]
+        num_invalid = num_found - len(slots)
         boxes = boxes.index_select(0, slots).flatten(0, -2)  # [M, 4]
         shared = num_classes if preds.boxes.ndim == 3 else 1  # candidates per box
         measured = boxes * aspect
@@ -126,7 +129,8 @@ def postprocess(
 
         kept = _suppress(_best_first(scores, conf_thres), conflicts, slots[:0], max_det)
         scores = scores.flatten()[kept]
-        detections.append(Detections(boxes=boxes[kept // shared], scores=scores, labels=kept % num_classes))
+        found = {"boxes": boxes[kept // shared], "scores": scores, "labels": kept % num_classes}
+        detections.append(Detections(**found, num_invalid=num_invalid))
     return with_masks(preds.refine["mask"], detections) if "mask" in preds.refine else detections
 
 

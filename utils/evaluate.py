@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.errors import DivergenceError
 from utils.mask_frames import paste
 from utils.metrics import DetectionMetrics, Evaluation
 from utils.run_lengths import encode
@@ -80,6 +81,13 @@ def coco_results(detections: list[Detections], records: list[Record], category_i
         ]
         entries += with_segmentations(mine, segmentations(found, record.size))
     return entries
+
+
+def refuse_invalid(num_invalid: int, where: object) -> None:
+    """Raise DivergenceError where a network (of file ``where``) said what is no number; to be called last of all."""
+    if num_invalid:
+        found = f"{num_invalid} detections had a box or score that is no number; they were left out and counted"
+        raise DivergenceError(where, found, "--precision float32, or an earlier checkpoint")
 
 
 def segmentations(found: Detections, size: tuple[int, int]) -> list[dict] | None:

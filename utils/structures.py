@@ -238,6 +238,7 @@ class Detections:
     scores: Tensor  # float32 [n] in 0..1
     labels: Tensor  # int64 [n]
     masks: Tensor | None = None  # float32 [n, S, S] in 0..1: whether a cell of the box is the object; None: boxes only
+    num_invalid: int = 0  # of what the network said here, left out because a box or score was no number
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -249,7 +250,8 @@ class Detections:
         return self._each(Tensor.cpu)
 
     def _each(self, change) -> "Detections":
-        return Detections(**{name: None if value is None else change(value) for name, value in vars(self).items()})
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def to_original(self, info: ImageInfo) -> "Detections":
         """From pixels of the network's input to pixels of the original picture, clipped to it.
