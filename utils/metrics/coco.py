@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.metrics.flat import FlatDetections, FlatTruths, overlapping_pairs, precision_at
+from utils.metrics.flat import FlatDetections, FlatTruths, falling_places, order_by, overlapping_pairs, precision_at
 
 AREA_RANGES = {
     "all": (0.0, 1e10),
@@ -61,7 +61,7 @@ def evaluate_coco(
     found: FlatDetections, truths: FlatTruths, num_classes: int, pairs: Callable = overlapping_pairs
 ) -> CocoResult:
     """Match and accumulate; ``pairs`` measures overlap: of boxes, or of masks (``MaskOverlaps.pairs``)."""
-    found, rank = best_per_group(found, num_classes)
+    found, rank, place = best_per_group(found, num_classes)
     lowest, highest = np.array(list(AREA_RANGES.values())).T[:, :, None]
     inside = (found.area >= lowest) & (found.area <= highest)  # [A, N]
     ignored = truths.ignore | (truths.area < lowest) | (truths.area > highest)  # [A, M]
@@ -69,7 +69,7 @@ def evaluate_coco(
     false = ~matched & inside[:, contender, None]
 
     num_truths = np.stack([np.bincount(truths.label[~row], minlength=num_classes) for row in ignored])
-    precision, recall = accumulate(found, rank, inside, contender, right, false, num_truths)
+    precision, recall = accumulate(found, rank, place, inside, contender, right, false, num_truths)
 
     alone = inside[0].copy()  # overlaps no truth: false at every threshold
     alone[contender] = False
@@ -83,13 +83,17 @@ def evaluate_coco(
     )  # fmt: skip
 
 
-def best_per_group(found: FlatDetections, num_classes: int) -> tuple[FlatDetections, np.ndarray]:
-    """The best of each picture and class, best first, with their rank there. Equal scores keep their order."""
+def best_per_group(found: FlatDetections, num_classes: int) -> tuple[FlatDetections, np.ndarray, np.ndarray]:
+    """The best of each picture and class, best first, with their rank there and their place among all detections.
+
+    Equal scores keep their order.
+    """
     group = found.image * num_classes + found.label
-    order = np.lexsort((-found.score, group))
+    place = falling_places(found.score)
+    order = order_by(group, place)
     rank = _place_in_run(group[order])
     kept = rank < MAX_DETECTIONS
-    return found[order[kept]], rank[kept]
+    return found[order[kept]], rank[kept], place[order[kept]]
 
 
 def match(
@@ -143,7 +147,9 @@ def match(
     return contender, matched.reshape(shape), right.reshape(shape)
 
 
-def accumulate(found, rank, inside, contender, right, false, num_truths) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+def accumulate(
+    found, rank, place, inside, contender, right, false, num_truths
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Precision at the recall points and final recall, of every curve (area range, threshold, class).
 
     A detection that overlaps nothing is false at every threshold: such ones are counted once per area range, and
@@ -151,7 +157,7 @@ def accumulate(found, rank, inside, contender, right, false, num_truths) -> tupl
     """
     num_areas, num_classes = num_truths.shape
     num_thresholds = len(IOU_THRESHOLDS)
-    order = np.lexsort((-found.score, found.label))  # stable: equal scores in the order of pictures, then of rank
+    order = order_by(found.label, place)
     position = np.empty(len(order), np.int64)
     position[order] = np.arange(len(order))
     start = np.searchsorted(found.label[order], np.arange(num_classes))

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from utils.metrics.coco import RECALL_POINTS, CocoResult
+from utils.metrics.flat import falling_places, order_by
 
 NUM_STEPS = 1000
 
@@ -39,7 +40,7 @@ def confidence_curves(result: CocoResult) -> Curves:
     num_truths = result.num_truths[0]
     confidence = np.linspace(0, 1, NUM_STEPS)
     hits, seen = np.zeros((2, len(num_truths), NUM_STEPS))
-    by_label = np.lexsort((result.score, result.label))
+    by_label = order_by(result.label, falling_places(-result.score))
     label, score, right = result.label[by_label], result.score[by_label], result.right[by_label]
     ends = np.searchsorted(label, np.arange(len(num_truths) + 1))
     for number, (start, end) in enumerate(pairwise(ends)):

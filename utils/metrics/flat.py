@@ -6,6 +6,7 @@ Letters: N detections, M truths, P pairs, C classes, R recall points.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from utils.structures import Detections, Record
 
@@ -53,11 +54,11 @@ def flatten(collected: list[tuple[Detections, Record]]) -> tuple[FlatDetections,
     """
     order = picture_order([record for _, record in collected])
     detections, records = [collected[i][0] for i in order], [collected[i][1] for i in order]
-    boxes = _join([d.boxes.double().numpy() for d in detections], (0, 4), np.float64)
+    boxes = torch.cat([torch.zeros(0, 4), *(d.boxes for d in detections)]).double().numpy()
     found = FlatDetections(
         image=np.repeat(np.arange(len(detections)), [len(d) for d in detections]),
-        label=_join([d.labels.numpy() for d in detections], (0,), np.int64),
-        score=_join([d.scores.double().numpy() for d in detections], (0,), np.float64),
+        label=torch.cat([torch.zeros(0, dtype=torch.int64), *(d.labels for d in detections)]).numpy(),
+        score=torch.cat([torch.zeros(0), *(d.scores for d in detections)]).double().numpy(),
         boxes=boxes,
         area=box_areas(boxes),
         row=np.arange(len(boxes)),
@@ -72,7 +73,8 @@ def flatten(collected: list[tuple[Detections, Record]]) -> tuple[FlatDetections,
         ignore=_join([r.ignore for r in records], (0,), bool),
         crowd=_join([r.crowd for r in records], (0,), bool),
     )
-    return found[valid], truths, int((~valid).sum())
+    num_invalid = int((~valid).sum()) + sum(d.num_invalid for d in detections)
+    return found[valid] if num_invalid else found, truths, num_invalid
 
 
 def picture_order(records: list[Record]) -> list[int]:
@@ -82,6 +84,21 @@ def picture_order(records: list[Record]) -> list[int]:
     """
     by_id = all(isinstance(record.image_id, int) for record in records)
     return sorted(range(len(records)), key=lambda i: records[i].image_id if by_id else records[i].path)
+
+
+def falling_places(score: np.ndarray) -> np.ndarray:
+    """Place of each of [n] scores when they are sorted, the largest first; equal scores keep their order. int64 [n]."""
+    places = np.empty(len(score), np.int64)
+    places[np.argsort(-score, kind="stable")] = np.arange(len(score))
+    return places
+
+
+def order_by(group: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Order by group (int64 [n]), in each by place (int64 [n], all different).
+
+    One integer for both: numpy sorts integers ten times faster than pairs.
+    """
+    return np.argsort(group * (place.max(initial=0) + 1) + place)
 
 
 def _join(parts: list[np.ndarray], empty: tuple[int, ...], dtype) -> np.ndarray:
