@@ -169,7 +169,9 @@ OF_A_RUN = {
     "T11-pictures of the epoch start again": RunMutant(
         {"train": {"set_epoch(epoch, first)": "set_epoch(epoch)"}}, IN_AN_EPOCH
     ),
-    "T11-losses before the kill forgotten": RunMutant(in_trainer('"sums", ', ""), IN_AN_EPOCH),
+    "T11-losses before the kill forgotten": RunMutant(
+        in_trainer("if name in counters:", 'if name in counters and name != "sums":'), IN_AN_EPOCH
+    ),
     "T15-an epoch stands twice": RunMutant(
         {"utils.logger": {'if row["epoch"] < epoch]': 'if row["epoch"] <= epoch]'}}, AFTER_ITS_ROW
     ),

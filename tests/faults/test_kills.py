@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import store_checks as checks
-import torch
+from run_state import state
 from server import Running, Server
 
-from utils.checkpoint import read_checkpoint
 from utils.failpoints import VARIABLE
 from utils.store import Store
 
@@ -40,16 +39,6 @@ def test_a_kill_in_a_save(name, number, server, tmp_path, seen):
     ended = server.run("save_steps.py", tmp_path, 4)
     assert ended.code == 0 and "saved 4" in ended.out and checks.valid_steps(tmp_path) == [3, 4]
     seen("killed, the save before is there, 0 lost")
-
-
-def state(run: Path) -> dict[str, object]:
-    """All that a run's end consists of."""
-    tensors, meta = read_checkpoint(run / "weights" / "last.safetensors")
-    best, best_meta = read_checkpoint(run / "weights" / "best.safetensors")
-    tensors |= {f"best {name}": tensor for name, tensor in best.items()} | {"best": torch.tensor(best_meta["step"])}
-    kept = {key: meta[key] for key in ("cfg", "names", "recipe", "epoch", "step", "ema_updates", "best")}
-    parts = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    return parts | kept | {"results.csv": (run / "results.csv").read_bytes()}
 
 
 def kill_by_chance(running: Running, draw: random.Random, seconds: float) -> bool:

@@ -3,8 +3,9 @@
 from functools import partial
 
 import pytest
+from harness import ROOT
 from mutants import OF_A_RUN, OF_THE_STORE, failure, outcome, put_in
-from test_kills import state
+from run_state import differences, state
 from tiny import CFG
 
 from utils.failpoints import VARIABLE
@@ -50,23 +51,30 @@ def whole(server, arguments, tmp_path_factory):
     return state(project / "exp")
 
 
-def differences(server, arguments, project, whole, save, before=None):
+def continued(server, arguments, project, whole, save, before=None):
     """What of its end differs in a run that was killed in a save and continued by the code that ``before`` changes."""
     killed = server.run("train.py", *arguments, "--project", project, env={VARIABLE: f"save.open:{save}:SIGKILL"})
     assert killed.code == -9, killed.err
     ended = server.run("train.py", *arguments, "--project", project, "--resume", project / "exp", before=before)
     assert ended.code == 0, ended.err
-    end = state(project / "exp")
-    return sorted(name for name in end.keys() | whole.keys() if end.get(name) != whole.get(name))
+    return sorted(differences(state(project / "exp"), whole))
 
 
 @pytest.mark.parametrize("save", sorted({mutant.save for mutant in OF_A_RUN.values()}))
 def test_t11_without_a_mistake_the_end_is_equal(save, server, arguments, whole, tmp_path):
-    assert differences(server, arguments, tmp_path, whole, save) == []
+    assert continued(server, arguments, tmp_path, whole, save) == []
 
 
 @pytest.mark.parametrize("mutant", [pytest.param(mutant, id=name) for name, mutant in OF_A_RUN.items()])
 def test_a_mistake_in_resume_is_noticed(mutant, server, arguments, whole, tmp_path, seen):
-    found = differences(server, arguments, tmp_path, whole, mutant.save, partial(put_in, mutant.changes))
+    found = continued(server, arguments, tmp_path, whole, mutant.save, partial(put_in, mutant.changes))
     assert found, "nothing noticed it"
     seen(f"a mistake put in is noticed: {', '.join(found)[:100]} differ")
+
+
+def test_the_page_lists_every_mistake():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for name, mutant in {**OF_THE_STORE, **OF_A_RUN}.items():
+        row, _, mistake = name.partition("-")
+        assert f"| {row} | {mistake} |" in page, name
+        assert mutant.changes
