@@ -40,7 +40,7 @@ class InsideBox:
     def __call__(self, preds: Predictions, targets: Targets) -> Assignment:
         """Predictions only say which slots there are."""
         priors, (num_images, num_slots) = preds.priors, preds.obj.shape
-        match = inside(priors.center, targets.boxes)
+        match = inside(priors, targets.boxes)
         if self.force_topk:
             match = match | self._nearest(preds, targets) & ~match.any(1, keepdim=True)
         slots = torch.arange(num_slots, device=match.device)

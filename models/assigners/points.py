@@ -14,11 +14,19 @@ from torch import Tensor
 from models.structures import Grid, Priors
 
 
-def inside(points: Tensor, boxes: Tensor, margin: float = 0.0) -> Tensor:
-    """Bool [N, P]: points [P, 2] more than ``margin`` pixels away from every side of boxes [N, 4], within them."""
-    x, y = points.unbind(-1)
+def inside(priors: Priors, boxes: Tensor, margin: float = 0.0) -> Tensor:
+    """Bool [N, P]: points more than ``margin`` pixels away from every side of boxes [N, 4], within them.
+
+    Points stand in grids: what holds for a column and for a row of them says all.
+    """
     left, top, right, bottom = boxes[:, :, None].unbind(1)  # [N, 1] each
-    return (x - left > margin) & (y - top > margin) & (right - x > margin) & (bottom - y > margin)
+    parts = []
+    for grid in priors.grids:
+        cells = priors.center[grid.start : grid.start + grid.rows * grid.columns]
+        x, y = cells[: grid.columns, 0], cells[:: grid.columns, 1]
+        across, down = (x - left > margin) & (right - x > margin), (y - top > margin) & (bottom - y > margin)
+        parts.append((down[:, :, None] & across[:, None]).flatten(1).repeat(1, grid.anchors))
+    return torch.cat(parts, dim=1)
 
 
 def window(centers: Tensor, priors: Priors, grid: Grid, side: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.assigners.base import ignored_slots
 from models.assigners.points import window
-from models.structures import Assignment, Predictions, Priors
+from models.structures import Assignment, Predictions, Priors, Reading
 from utils.boxes import at_least_float32, paired_iou
 from utils.structures import Targets
 
@@ -81,9 +81,11 @@ class SimOTA:
         """All that the choice depends on. At least one object."""
         columns, real = self.candidates(preds, targets)
         priors, image = preds.priors, targets.image
-        boxes = at_least_float32(preds.boxes.gather(1, columns[..., None].expand(-1, -1, 4)))
+        picture = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
+        said = preds.read(picture.flatten(), columns.flatten())
+        boxes = at_least_float32(said.boxes).unflatten(0, columns.shape)
         iou = paired_iou(targets.boxes[:, None].to(boxes.dtype), boxes[image]) * real[image]
-        cost = class_cost(preds, columns, targets) - 3 * (iou + 1e-8).log()
+        cost = class_cost(said, columns, targets) - 3 * (iou + 1e-8).log()
         regions = self.regions(priors.center[columns][image], priors.stride[columns][image], targets.boxes[:, None])
         outside = ~torch.stack(regions).all(0)
         cost = torch.where(real[image], cost.double() + self.penalty * outside, math.inf)
@@ -115,14 +117,16 @@ class SimOTA:
         return found
 
 
-def class_cost(preds: Predictions, columns: Tensor, targets: Targets) -> Tensor:
+def class_cost(said: Reading, columns: Tensor, targets: Targets) -> Tensor:
     """Sum over classes of BCE(sqrt(class * objectness), one-hot of the object), float32 [N, U]; columns [B, U].
+
+    ``said`` is what the slots of all columns say, picture by picture.
 
     The sum of all classes as if they were wrong belongs to the slot, so that a pair only exchanges the term of its own
     class: no table of pairs and classes. In float32 as in the peer, whatever the predictions are.
     """
-    classes = preds.cls.gather(1, columns[..., None].expand(-1, -1, preds.cls.shape[2])).float()
-    objectness = preds.obj.gather(1, columns).float()
+    classes = said.cls.unflatten(0, columns.shape).float()
+    objectness = said.objectness.gather(1, columns).float()
     probability = (classes.sigmoid() * objectness.sigmoid()[..., None]).sqrt()  # [B, U, C]
     wrong = -(-probability).log1p().clamp(min=LOWEST_LOG).sum(-1)
     own = probability[targets.image, :, targets.labels]  # [N, U]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from models.assigners import build_targets
+from models.assigners import build_targets, task_aligned
 from models.assigners.atss import Atss
 from models.assigners.center_sampling import CenterSampling
 from models.assigners.inside_box import InsideBox
 from models.assigners.points import first_largest, inside, window, wins
-from models.assigners.task_aligned import TaskAligned
+from models.assigners.task_aligned import VARIANTS, TaskAligned
 from models.coders import Distances
 from models.structures import Priors
 from tests.models.points_case import fcos_priors, owners, predictions, targets_of
@@ -85,6 +85,14 @@ def test_center_sampling_equals_mmdetection(case):
         np.testing.assert_array_equal(distances[positive], data[f"bbox_targets{level}"][positive])
 
 
+def tables(pairs, num_objects, num_slots):
+    """Alignment and overlap [N, P] of the pairs that were looked at, 0 elsewhere."""
+    columns = pairs.alignment, pairs.overlap
+    return [
+        column.new_zeros(num_objects, num_slots).index_put((pairs.target, pairs.slot), column) for column in columns
+    ]
+
+
 @pytest.mark.golden_case("assigners/tood_basic.npz")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_task_aligned_equals_tood(case, dtype):
@@ -99,7 +107,7 @@ def test_task_aligned_equals_tood(case, dtype):
     owner = owners(assignment)[0]
     np.testing.assert_array_equal(owner + 1, data["assigned_gt_1based"])
     slots = (owner >= 0).nonzero().squeeze(1)
-    alignment, overlap = assigner.alignment(preds, targets)
+    alignment, overlap = tables(assigner.pairs(preds, targets), len(targets), len(preds.priors))
     np.testing.assert_allclose(alignment[owner[slots], slots], data["assign_metrics"][slots], rtol=1e-4)
     np.testing.assert_allclose(overlap[owner[slots], slots], data["max_overlaps"][slots], rtol=1e-5)
 
@@ -158,10 +166,20 @@ def test_window_holds_the_nearest_cells(offset):
 
 
 def test_inside_is_strict():
-    points = torch.tensor([[10.0, 10.0], [10.5, 15.0], [20.0, 15.0]])
-    boxes = torch.tensor([[10.0, 5.0, 20.0, 20.0]])
-    assert inside(points, boxes).tolist() == [[False, True, False]]
-    assert inside(points, boxes, margin=0.5).tolist() == [[False, False, False]]
+    priors = fcos_priors((8,), (16, 32), 0.5)  # points at 4, 12, 20, 28 and at 4, 12
+    boxes = torch.tensor([[4.0, 4.0, 28.0, 12.5]])
+    expected = [False, False, False, False, False, True, True, False]
+    assert inside(priors, boxes).tolist() == [expected]
+    assert inside(priors, boxes, margin=0.5).tolist() == [[False] * 8]
+
+
+def test_inside_equals_every_point_on_its_own():
+    generator = torch.Generator().manual_seed(0)
+    priors = fcos_priors((8, 16, 32), (96, 160), 0.5)
+    low = torch.rand(40, 2, generator=generator) * 100
+    boxes = torch.cat([low, low + torch.rand(40, 2, generator=generator) * 60], dim=1).round()
+    point, low, high = priors.center, boxes[:, None, :2], boxes[:, None, 2:]
+    assert torch.equal(inside(priors, boxes, 1.0), ((point - low > 1) & (high - point > 1)).all(-1))
 
 
 # --------------------------------------------------------------------------------------------------------- rule by rule
@@ -273,6 +291,26 @@ def test_a_contested_slot_may_go_to_an_object_that_did_not_choose_it():
     assert tood[4] in (0, 1) and v8[4] == 2 and tood[0] == v8[0] == 2
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_looking_at_few_pairs_equals_looking_at_all(monkeypatch, variant):
+    """What runs on a CPU and what runs on a GPU, row by row; objects of all sizes, some without a slot."""
+    priors, generator = fcos_priors(STRIDES, SIZE), torch.Generator().manual_seed(5)
+    low = torch.rand(24, 2, generator=generator) * torch.tensor([100.0, 70.0])
+    boxes = torch.cat([low, low + 60 * torch.rand(24, 2, generator=generator) ** 3], dim=1)
+    targets = made(boxes.tolist())
+    center = priors.center + torch.randn(len(priors), 2, generator=generator) * 4
+    half = torch.rand(len(priors), 2, generator=generator) * 20
+    scores = torch.rand(len(priors), 1, generator=generator)
+    preds = aligned_preds(priors, torch.cat([center - half, center + half], dim=1), scores)
+    few = build_targets(preds, targets, TaskAligned(variant=variant, topk=5))
+    monkeypatch.setattr(task_aligned, "LISTS", {})
+    every = build_targets(preds, targets, TaskAligned(variant=variant, topk=5))
+    for name in ("image", "prior", "target", "ignore"):
+        assert torch.equal(getattr(few, name), getattr(every, name)), name
+    torch.testing.assert_close(few.weight, every.weight)  # pow of a vector and of its rest may differ in the last bit
+    assert (few.weight > 0).sum() > 20
+
+
 def test_weight_is_the_best_iou_at_the_best_slot():
     priors, generator = fcos_priors(STRIDES, SIZE), torch.Generator().manual_seed(0)
     targets = made([[10, 10, 70, 70]])
@@ -280,7 +318,7 @@ def test_weight_is_the_best_iou_at_the_best_slot():
     preds = aligned_preds(priors, targets.boxes + noise, torch.rand(len(priors), 1, generator=generator))
     assigner = TaskAligned()
     rows = build_targets(preds, targets, assigner).compact()
-    alignment, overlap = assigner.alignment(preds, targets)
+    alignment, overlap = tables(assigner.pairs(preds, targets), len(targets), len(priors))
     assert rows.weight.argmax() == alignment[0, rows.prior].argmax()
     torch.testing.assert_close(rows.weight.max(), overlap[0, rows.prior].max(), rtol=1e-4, atol=0)
 
