@@ -86,7 +86,7 @@ class Logger:
         if self.folder is None:
             return
         self._console(row)
-        row = {**row, **details}
+        row = without_nan({**row, **details})
         self.rows.append(row)
         try:
             write_rows(self.folder, self.rows)
@@ -139,6 +139,11 @@ class Bar(tqdm):
     def show(self, done: int, means: Mapping[str, float]) -> None:
         self.set_postfix({name: f"{mean:.3g}" for name, mean in means.items()}, refresh=False)
         self.update(done - self.n)
+
+
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None, which every format has a word for, in place of what is not a number."""
+    return {name: None if value != value else value for name, value in values.items()}
 
 
 def _cell(value: Any) -> str:
