@@ -145,11 +145,11 @@ SECTIONS: dict[str, Rule] = {
     "convolutional": Rule(
         infer=shapes.convolutional,
         keys=CONVOLUTION
-        | keys(count="filters", natural="group_normalize", whole="share_index binary bin_output")
+        | keys(count="filters", natural="group_normalize", whole="share_index binary bin_output cbn")
         | {"flipped": only(0)},
         required=("filters",),
         said={"activation": "logistic", "size": "1"},
-        other="cbn assisted_excitation sway rotate stretch stretch_sway angle grad_centr reverse coordconv dot",
+        other="assisted_excitation sway rotate stretch stretch_sway angle grad_centr reverse coordconv dot",
     ),
     "crnn": Rule(
         infer=shapes.crnn,
@@ -197,7 +197,7 @@ SECTIONS: dict[str, Rule] = {
     ),
     "activation": Rule(keys=keys(activation="activation")),
     "batchnorm": Rule(infer=shapes.batchnorm),
-    "normalization": Rule(keys=keys(number="alpha beta kappa", count="size")),
+    "normalization": Rule(keys=keys(number="alpha beta kappa", few="size")),
     "softmax": Rule(
         infer=shapes.softmax,
         keys=keys(count="groups", number="temperature"),

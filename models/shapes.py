@@ -79,12 +79,13 @@ def convolution(section, shape, filters, size, groups, hw, learned_norm) -> Made
 def convolutional(section, inputs):
     shape = inputs[0].shape
     filters, size = section.int("filters"), section.int("size", 1)
+    norm = section.flag("batch_normalize") or section.flag("cbn")
     groups = 1 if section.flag("xnor") else section.int("groups", 1)
     for what, channels in (("input channels", shape[0]), ("filters", filters)):
         if channels % groups:
             raise section.error(f"groups={groups} does not divide {channels} {what}", "groups")
     if norm_groups := section.int("group_normalize", 0):
-        if section.flag("batch_normalize"):
+        if norm:
             raise section.error("both batch_normalize and group_normalize", "group_normalize", "one of them")
         if filters % norm_groups:
             raise section.error(f"group_normalize={norm_groups} does not divide {filters} filters", "group_normalize")
@@ -95,10 +96,10 @@ def convolutional(section, inputs):
         )
     if section.flag("antialiasing"):
         hw = windows(section, shape, size, 1, 1, 2 * padding)
-        made = convolution(section, shape, filters, size, groups, hw, section.flag("batch_normalize"))
+        made = convolution(section, shape, filters, size, groups, hw, norm)
         return made._replace(shape=(filters, *blurred(section, hw, *strides(section))))
     hw = windows(section, shape, size, *strides(section), 2 * padding)
-    made = convolution(section, shape, filters, size, groups, hw, section.flag("batch_normalize"))
+    made = convolution(section, shape, filters, size, groups, hw, norm)
     if norm_groups:  # a scale and a shift instead of a bias, no running statistics
         made = made._replace(params=made.params + filters, floats=made.params + filters)
     return made._replace(params=0, floats=0) if "share_index" in section else made

@@ -131,6 +131,7 @@ FAULTS = {  # (text, line, part of the message); those of the catalogue are in t
     "sam": (bad("[yolo]", "[sam]\nfrom=0\n[yolo]"), 24, "multiplied layers differ in shape"),
     "crnn": (bad("[yolo]", "[crnn]\nhidden=4\noutput=21\n[yolo]"), 23, "a state of 4x14x14 becomes 4x12x12"),
     "crnn-groups": (bad("[yolo]", "[crnn]\nhidden=4\noutput=21\npad=1\ngroups=3\n[yolo]"), 27, "groups=1"),
+    "padding": (bad("[yolo]", "[maxpool]\nsize=2\npadding=3\n[yolo]"), 25, "some windows of 2 see nothing but padding"),
     "dropout": (bad("[yolo]", "[dropout]\nprobability=1.5\n[yolo]"), 24, "probability=1.5, expected 0..1"),
     "flipped": (bad("filters=16", "filters=16\nflipped=1"), 9, "flipped=1 is not supported"),
     "new-coords": (bad("num=3", "num=3\nnew_coords=1"), 22, "new_coords needs activation=logistic"),
@@ -222,6 +223,7 @@ SHAPES = {  # section text -> (shape, params, floats) after a 16x16x16 layer (la
     "[convolutional]\nfilters=6\nsize=3\npad=1\nstride=2\nantialiasing=1\nactivation=mish\n": ((6, 8, 8), 438, 438),
     "[convolutional]\nfilters=6\nbatch_normalize=1\ndontloadscales=1\nactivation=mish\n": ((6, 16, 16), 60, 54),
     "[convolutional]\nfilters=6\nbatch_normalize=1\ndontload=1\nactivation=mish\n": ((6, 16, 16), 60, 0),
+    "[convolutional]\nfilters=6\ncbn=1\nactivation=mish\n": ((6, 16, 16), 60, 72),
     "[dropout]\n": ((8, 16, 16), 0, 0),
     "[empty]\n": ((8, 16, 16), 0, 0),
 }
