@@ -60,7 +60,7 @@ REFUSED = {  # id -> (lines after the first, line that is told, what is said)
     "D7-tabs": ("names:\n\t- cat\n", 3, "not YAML"),
     "D7-windows-path": ('names: [cat]\npath: "C:\\data\\pictures"\n', 3, "not YAML"),
     "D8-nc": ("nc: 3\nnames: [cat, dog]\n", 2, "nc is 3, but there are 2 names"),
-    "D8-nc-word": ("nc: two\nnames: [cat, dog]\n", 2, "nc is two"),
+    "D8-nc-word": ("nc: two\nnames: [cat, dog]\n", 2, "nc is 'two'"),
     "D8-holes": ("names: {0: cat, 2: dog}\n", 2, "ids must run from 0 to 1"),
     "D8-empty": ("names: []\n", 2, "expected a list of class names"),
     "D8-line-end": ('names: ["cat\\nfish", dog]\n', 2, "text of one line"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from utils.datasets.formats.pictures import Source, find_pictures, kind, probe_pictures
 from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problems, Row, is_name, make_record
 from utils.datasets.formats.segmentation import outline_rows
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import read_bytes
 
 
@@ -162,7 +162,8 @@ def _picture_root(images: dict, source: Source) -> Path:
         if any(kind(place / name) == "file" for name in names[:100]):
             return place
     tried = ", ".join(str(place) for place in places)
-    raise UserError(path, f"no picture found, e.g. {names[0]}; looked in {tried}", "name their folder in a data yaml")
+    found = printable(f"no picture found, e.g. {names[0]}; looked in {tried}")
+    raise UserError(path, found, "name their folder in a data yaml")
 
 
 def _rows(annotations: list[dict], images: dict, labels: dict[int, int], path: Path, problems: Problems):

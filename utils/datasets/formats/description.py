@@ -19,7 +19,7 @@ from utils.datasets.formats.pictures import Source, find, kind, read_lines
 from utils.datasets.formats.rows import KEPT, Problems, is_name
 from utils.datasets.formats.voc import SPLITS
 from utils.datasets.shapes import ensure_shapes
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, printable
 
 GENERATORS = {"shapes": ensure_shapes}  # data sets that are made at first use
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -167,7 +167,8 @@ def _root(data: Located, path: Path) -> Path:
     places = [path.parent / folder, Path.cwd() / folder]
     root = next((place for place in places if kind(place) == "folder"), None)
     if root is None:
-        raise UserError(where, f"no such folder: '{text}'; looked at {places[0]}, {places[1]}", "correct 'path:'")
+        found = printable(f"no such folder: '{text}'; looked at {places[0]}, {places[1]}")
+        raise UserError(where, found, "correct 'path:'")
     return root
 
 
@@ -221,7 +222,7 @@ def _names(data: Located, path: Path, problems: Problems, *, required: bool) -> 
             raise UserError(where, f"names: expected text of one line, found {name!r}", "quote it")
     num = data.get("nc", len(names))
     if num != len(names):
-        raise UserError(data.places["nc"], f"nc is {num}, but there are {len(names)} names", "correct one of them")
+        raise UserError(data.places["nc"], f"nc is {num!r}, but there are {len(names)} names", "correct one of them")
     double = [name for name, count in Counter(names).items() if count > 1]
     if double:
         problems.add(where, None, "two classes have the same name", ", ".join(double), KEPT)

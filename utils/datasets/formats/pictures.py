@@ -12,7 +12,7 @@ from tqdm import tqdm
 from utils.datasets.formats.rows import KEPT, QUARANTINED, Problems
 from utils.datasets.images import IMAGE_SUFFIXES, Header, ImageError, inspect
 from utils.datasets.limits import LIMITS, Limits
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import read_bytes
 
 PROBE_THREADS = 8  # the work is waiting for disks
@@ -57,7 +57,7 @@ def find(text: str, bases: Iterable[Path], where: str, what: str) -> Path:
     found = next((path for path in tried if kind(path)), None)
     if found is None:
         places = ", ".join(dict.fromkeys(str(_absolute(path)) for path in tried))
-        raise UserError(where, f"no such {what}: '{text}'; looked at {places}", "correct the path")
+        raise UserError(where, printable(f"no such {what}: '{text}'; looked at {places}"), "correct the path")
     return found
 
 

@@ -26,7 +26,7 @@ from utils.datasets.formats.rows import (
     read_annotation,
 )
 from utils.datasets.images import IMAGE_SUFFIXES
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, printable
 from utils.structures import Record
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -192,7 +192,8 @@ def _read_record(
             problems.add(path, line, "object without name and 4 finite corners", written)
             num_bad += 1
         elif fields["name"] not in names:
-            raise UserError(f"{path}:{line}", f"class '{fields['name']}' has no place", nearest(fields["name"], names))
+            found = f"class '{printable(fields['name'])}' has no place"
+            raise UserError(f"{path}:{line}", found, nearest(fields["name"], names))
         else:
             difficult = fields.get("difficult", "0") == "1"
             rows.append(Row(names.index(fields["name"]), box, line, ignore=difficult))
