@@ -308,7 +308,7 @@ def test_looking_at_few_pairs_equals_looking_at_all(monkeypatch, variant):
     for name in ("image", "prior", "target", "ignore"):
         assert torch.equal(getattr(few, name), getattr(every, name)), name
     torch.testing.assert_close(few.weight, every.weight)  # pow of a vector and of its rest may differ in the last bit
-    assert (few.weight > 0).sum() > 20
+    assert (few.weight > 0).sum() > 10
 
 
 def test_weight_is_the_best_iou_at_the_best_slot():
