@@ -9,7 +9,8 @@ import pytest
 from harness import refused
 
 from tests.utils.datasets.painted import paint_records
-from tests.utils.datasets.sets import GOOD, GOOD_BOX, yolo_set
+from tests.utils.datasets.sets import GOOD, GOOD_BOX, write, yolo_set
+from tests.utils.tiny import CFG, write_pictures
 from utils.datasets.augment import Augment
 from utils.datasets.dataset import DetectionDataset
 from utils.datasets.limits import Limits
@@ -271,3 +272,23 @@ def test_l18_boxes_stay_boxes(tmp_path):
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert set(sample.labels.tolist()) <= {0, 1} and len(sample.labels) == len(sample.ignore) == len(boxes)
     assert num > 100
+
+
+# ------------------------------------------------------------------------------------------------------ a whole command
+
+
+def test_l16_a_run_does_not_go_on_with_other_labels(tmp_path, server, seen):
+    data, cfg = write_pictures(tmp_path / "data"), write(tmp_path / "tiny.cfg", CFG)
+    flags = ["--project", tmp_path / "runs", "--workers", 0, "--device", "cpu"]
+    done = server.run("train.py", "--data", data, "--cfg", cfg, "--epochs", 1, *flags)
+    assert done.code == 0, done.err
+    label = tmp_path / "data" / "labels" / "train" / "2.txt"
+    label.write_text("\n".join(label.read_text().splitlines()[:1]) + "\n")
+    run = tmp_path / "runs" / "exp"
+    before = (run / "results.csv").read_bytes()
+    done = server.run("train.py", "--resume", run, "--epochs", 2)
+    assert done.code == 2 and "--allow-data-change" in done.error_line()
+    assert (run / "results.csv").read_bytes() == before
+    seen(f"exit 2: {done.error_line()}".replace(str(tmp_path), ""))
+    done = server.run("train.py", "--resume", run, "--epochs", 2, "--allow-data-change")
+    assert done.code == 0, done.err
