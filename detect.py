@@ -12,7 +12,7 @@ from utils.errors import QuarantineError, UserError, nearest, run_main
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Find objects in pictures, folders, videos and streams.")
-    add_network(parser).add_argument(
+    add_network(parser, precision="auto").add_argument(
         "--names", "--data", metavar="FILE", help="class names: .names, data .yaml or .data; a checkpoint knows its own"
     )
     seen = parser.add_argument_group("what to look at")
@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from models.inference import for_inference
     from models.loading import find_file, input_size, load_network, stretches
     from models.predictor import Predictor
     from utils.datasets.limits import Limits
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     model, names = loaded.model, loaded.names
     size = input_size(args.img_size, model)
     predict = Predictor(
-        model,
+        for_inference(model, device, precision.dtype),
         device=device,
         conf_thres=args.conf_thres,
         iou_thres=args.iou_thres,

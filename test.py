@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a network on a data set.")
-    add_network(parser)
+    add_network(parser, precision="float32")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -43,6 +43,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace):
     """One walk: data -> network -> detections in original pixels -> numbers, pictures, files; the Evaluation."""
+    from models.inference import for_inference
     from models.loading import find_file, input_size, load_network, stretches
     from models.predictor import Predictor
     from utils.datasets.dataset import DetectionDataset
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace):
     refuse_bad(data, limits.max_bad)
     size, stretch = input_size(args.img_size, model), stretches(args.resize, model)
     predict = Predictor(
-        model,
+        for_inference(model, device, precision.dtype),
         device=device,
         conf_thres=args.conf_thres,
         iou_thres=args.iou_thres,

@@ -39,14 +39,17 @@ def fraction(text: str) -> float:
     return value
 
 
-def add_network(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Which network, and how it computes."""
+def add_network(parser: argparse.ArgumentParser, *, precision: str) -> argparse._ArgumentGroup:
+    """Which network, and how it computes: ``precision`` by default."""
     group = parser.add_argument_group("network")
     group.add_argument("--weights", required=True, metavar="FILE", help="checkpoint (.safetensors), .weights or .pt")
     group.add_argument("--cfg", metavar="FILE", help="the network; a checkpoint knows its own")
     group.add_argument("--device", default="", help="cpu, 0, ... (default: the first GPU, else the CPU)")
     group.add_argument(
-        "--precision", default="float32", choices=["auto", "float32", "bf16", "fp16"], help="default: float32, exact"
+        "--precision",
+        default=precision,
+        choices=["auto", "float32", "bf16", "fp16"],
+        help=f"auto: bf16 where the processor has it; float32: exact (default: {precision})",
     )
     group.add_argument("--half", dest="precision", action="store_const", const="fp16", help="same as --precision fp16")
     return group
