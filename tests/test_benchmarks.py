@@ -5,9 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks import assign_cost, assigners, gpu, journal, networks, yolox_ladder
+from benchmarks import assign_cost, assigners, assignment, gpu, journal, networks, train_step, yolox_ladder
+from benchmarks.bare import BareNetwork
 from benchmarks.short_training import parse_args
-from models.assigners import ASSIGNERS
+from models.assigners import ASSIGNERS, build_targets
+from models.cfg import read_cfg
+from models.darknet import Darknet
 from utils.datasets.shapes import ensure_shapes
 from utils.structures import Targets
 
@@ -89,6 +92,28 @@ def test_cost_is_measured_on_the_scene_that_is_promised(capsys):
     assert preds.cls.shape == (2, 8400, 80) and isinstance(targets, Targets) and len(targets) == 40
     assert targets.boxes.min() >= 0 and targets.boxes.max() <= 640
     assert set(assign_cost.criteria()) == set(ASSIGNERS)
+
+
+def test_simota_by_picture_is_the_assignment_that_it_stands_for():
+    torch.manual_seed(0)
+    preds, targets = assign_cost.scene(3, assignment.OBJECTS, torch.device("cpu"))
+    ours = build_targets(preds, targets, assignment.OURS["SimOTA"]).compact()
+    rows = [
+        (image, slot, assignment.OBJECTS * image + target)
+        for image, found in enumerate(assignment.simota_by_picture(preds, targets))
+        for slot, target in zip(*(column.tolist() for column in found))
+    ]
+    assert rows == list(zip(ours.image.tolist(), ours.prior.tolist(), ours.target.tolist()))
+
+
+@pytest.mark.parametrize("name", train_step.GOALS)
+def test_the_bare_network_is_the_same_network(name):
+    cfg = read_cfg(assign_cost.ROOT / f"cfg/{name}.cfg")
+    with torch.device("meta"):
+        bare, model = BareNetwork(cfg), Darknet(cfg)
+    images = torch.empty(1, 3, 96, 64, device="meta")
+    assert [output.shape for output in bare(images)] == [output.shape for output in model(images)]
+    assert sum(map(torch.numel, bare.parameters())) == sum(map(torch.numel, model.parameters()))
 
 
 def test_the_gpu_benchmark_runs_without_one_or_says_so(capsys, monkeypatch):
