@@ -88,7 +88,7 @@ def record_row(benchmark: str, what: str, ratios: Sequence[float], goal: float, 
     """Append one dated line to benchmarks/record.csv: what was compared, median, least and greatest ratio, the goal."""
     new = not RECORD.is_file()
     with RECORD.open("a", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
+        rows = csv.writer(file, lineterminator="\n")
         if new:
             rows.writerow(("date", "commit", "benchmark", "what", "median", "least", "greatest", "goal", "machine"))
         numbers = [f"{value:.3f}" for value in (median(ratios), min(ratios), max(ratios))]
