@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-TRAININGS  := assigners yolox_ladder
+TRAININGS  := assigners yolox_ladder time_to_accuracy
 BENCHMARKS := $(filter-out $(TRAININGS),$(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py)))
 
 bench: $(VENV)/.installed  ## every goal of speed; adds rows to benchmarks/record.csv
