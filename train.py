@@ -10,6 +10,7 @@ torchrun --nproc_per_node 2 train.py --cfg yolov3.cfg        # two GPUs, or two 
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from utils.arguments import add_bad_data, count, minutes, whole
@@ -145,11 +146,11 @@ def main() -> None:
         from utils.run import select_device
 
         device = select_device(args.device)
-        with distributed.process_group(device):
-            train(args, device, interrupts)
+        with distributed.process_group(device), ExitStack() as held:
+            train(args, device, interrupts, held)
 
 
-def train(args: argparse.Namespace, device, interrupts: Interrupts) -> None:
+def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitStack) -> None:
     import torch
     from torch import nn
 
@@ -217,7 +218,8 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts) -> None:
 
     # ---- where: the run's own folder, with everything beside the results that is needed to do it again --------------
     run = resumed.path.parents[1] if resumed else shared_new_run(args.project, args.name, args.exist_ok)
-    lock = lock_run(run) if distributed.is_main() else None  # noqa: F841  held as long as this function runs
+    if distributed.is_main():
+        held.enter_context(lock_run(run))
     logger = Logger(run if distributed.is_main() else None, start_epoch=resumed.meta["epoch"] if resumed else 0)
     store = Store(run / WEIGHTS, say=logger.say)
     if distributed.is_main():

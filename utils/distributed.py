@@ -84,8 +84,10 @@ def _join(device: torch.device) -> None:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, own, world = next(dist.rendezvous("env://", timeout=JOIN))
+        # torchrun starts all again with the store of those that failed: what they left there is not for us
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(BACKENDS[device.type], store=store, rank=own, world_size=world, timeout=TIMEOUT)
-    except (dist.DistError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # all of it is about connections
         raise ResourceError(
             address, f"cannot join the other processes: {_first(error)}", "see MASTER_ADDR and MASTER_PORT, or torchrun"
         ) from error
@@ -101,7 +103,7 @@ def _say_goodbye() -> None:
 
 
 def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    return str(error).strip().splitlines()[0][:120]
 
 
 # ---------------------------------------------------------------------------------------------- tensors
