@@ -1,12 +1,13 @@
 # make demo   train, evaluate and detect on the built-in data set
 # make test   lint and the whole test suite (what CI runs)
-# make test-long, make fuzz, make fault-table   the slow tier: docs/reliability.md
+# make test-long, make fuzz, make fault-table, make test-floor   the slow tier: docs/reliability.md
 # make bench  every goal of speed against its peer, into benchmarks/record.csv (make bench-train: trainings, under an hour)
 PYTHON ?= python3
 VENV   ?= .venv
+REQUIREMENTS ?= requirements-dev.txt
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test test-long fuzz fault-table bench bench-train lint format setup clean
+.PHONY: demo test test-floor test-long fuzz fault-table bench bench-train lint format setup clean
 
 demo: $(VENV)/.installed
 	$(PY) train.py --project runs/demo --name train --exist-ok --cache
@@ -19,6 +20,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	$(PY) -m pytest -q $(TESTS)
+
+test-floor:  ## the suite with the oldest versions that requirements.txt allows (Python 3.10 to 3.12)
+	$(MAKE) setup VENV=.venv-floor REQUIREMENTS=requirements-floor.txt
+	.venv-floor/bin/python -m pytest -q $(TESTS)
 
 test-long: $(VENV)/.installed-dev  ## everything, the long tests too (under an hour)
 	$(PY) -m pytest -q -m "slow or not slow" $(TESTS)
@@ -56,8 +61,8 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/.installed-dev: requirements.txt $(REQUIREMENTS) | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	@touch $@ $(VENV)/.installed
 
 clean:  ## caches only: runs, weights and data are yours

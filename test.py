@@ -41,8 +41,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace):
+def main(args: argparse.Namespace | None = None):
     """One walk: data -> network -> detections in original pixels -> numbers, pictures, files; the Evaluation."""
+    args = args or parse_args()
     from models.inference import for_inference
     from models.loading import find_file, input_size, load_network, stretches
     from models.predictor import Predictor
@@ -132,5 +133,4 @@ class SingleClass:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_main(lambda: main(arguments))
+    run_main(main)

@@ -11,6 +11,7 @@ from models.file_kind import CHECKPOINT, DARKNET, file_kind
 from models.pretrained import load_pretrained
 from models.section import listing
 from utils.checkpoint import load_module, read_checkpoint, without_prefix
+from utils.datasets.formats.rows import is_name
 from utils.errors import UserError
 from utils.files import read_bytes
 
@@ -86,6 +87,9 @@ def load_network(weights: str | Path, *, cfg: str | Path | None = None, names: l
     if len(names) != model.num_classes:
         found = f"the network has {model.num_classes} classes, but {len(names)} names were given"
         raise UserError(path, found, "pass the names it was trained on")
+    odd = [name for name in names if not is_name(name)]
+    if odd:
+        raise UserError(path, f"class name {odd[0]!r}, expected text on one line", "name the classes anew: --names")
     return Loaded(model=model.eval(), names=list(names), meta=meta)
 
 

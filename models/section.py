@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 
 INT32 = 2**31 - 1  # the numbers of a cfg are C ints
 MAX_SHOWN = 20
@@ -43,7 +43,7 @@ class CfgError(UserError):
 
 def listing(problems: tuple[Problem, ...]) -> str:
     """One line per problem; beyond the first ones, where to see the rest."""
-    lines = [str(problem) for problem in problems[:MAX_SHOWN]]
+    lines = [printable(problem) for problem in problems[:MAX_SHOWN]]
     if len(problems) > MAX_SHOWN:
         lines.append(f"and {len(problems) - MAX_SHOWN} more: python -m models.lint {problems[0].path}")
     return "\n".join(lines)

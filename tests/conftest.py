@@ -6,12 +6,14 @@ exists.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("--golden", "--data-dir")
+LOCAL = {"127.0.0.1", "::1", "localhost", None}
 
 
 def pytest_addoption(parser):
@@ -23,6 +25,19 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # one thread per process: results do not depend on the machine, and two cores stay usable
     os.environ.setdefault("OMP_NUM_THREADS", "2")
+    sys.addaudithook(refuse_network)
+
+
+def refuse_network(event: str, args: tuple) -> None:
+    """An audit hook of the whole suite: whoever connects to, or asks for the address of, another machine fails."""
+    if event == "socket.connect" and isinstance(args[1], tuple):
+        host = args[1][0]
+    elif event == "socket.getaddrinfo":
+        host = args[0]
+    else:
+        return
+    if host not in LOCAL:
+        raise PermissionError(f"a test reaches for {host!r}: nothing of ours uses a network")
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):

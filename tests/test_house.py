@@ -1,4 +1,7 @@
-"""The law of the house, kept by a machine: who may import whom, no work at import, no vague names, no size creep."""
+"""The law of the house, kept by a machine: who may import whom, no work at import, no vague names, no size creep.
+
+What no file may import or call (pickle, eval, sockets, ...) is in ``tests/faults/code_gate.py``.
+"""
 
 import ast
 import json
@@ -15,9 +18,6 @@ SOURCES = sorted(
 )
 MODULES = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in SOURCES if file.stem != "__init__"]
 VAGUE = {"utils", "util", "general", "misc", "common", "helpers"}
-FORBIDDEN_CALLS = {"eval", "exec", "__import__"}
-FORBIDDEN_IMPORTS = {"pickle", "subprocess", "socket", "urllib.request", "requests", "ctypes"}
-EXCUSED = {("allocator.py", "ctypes")}  # the C library's allocator cannot be told otherwise: one call, two numbers
 
 
 def imports(file: Path) -> set[str]:
@@ -62,17 +62,6 @@ def test_cfg_needs_no_torch():
     code = "import sys, models.cfg, models.graph, models.lint; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
-
-
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_nothing_dangerous(file):
-    forbidden = {name for name in imports(file) & FORBIDDEN_IMPORTS if (file.name, name) not in EXCUSED}
-    assert not forbidden, f"imports {forbidden}"
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in FORBIDDEN_CALLS, f"{file}:{node.lineno}: {node.func.id}()"
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{file}:{node.lineno}: bare except"
 
 
 def test_no_vague_names():

@@ -24,7 +24,7 @@ class UserError(ValueError):
 
     def __init__(self, where: object, message: str, hint: str = ""):
         self.where, self.message, self.hint = printable(where), message, hint
-        super().__init__(f"{self.where}: {message}" + (f" ({hint})" if hint else ""))
+        super().__init__(printable(f"{self.where}: {message}" + (f" ({hint})" if hint else "")))
 
     def __reduce__(self):
         # from its text, not through __init__, which takes other arguments: a data worker's error must arrive as itself
