@@ -3,34 +3,16 @@
 Letters: S assigners, L levels, n objects of a picture.
 """
 
-import base64
 from collections.abc import Mapping
 from html import escape
 
-import cv2
 import numpy as np
 
 from models.assignment_pictures import caption, level_order
 from models.compare_assigners import SIZES, Comparison
 from utils.draw import PALETTE
 from utils.draw_assignment import level_colour
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; max-width: 1500px; margin: 2em auto; padding: 0 1.5em; }
-h1 { font-size: 1.7em; margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 18px; }
-figure { margin: 0; } figure img { width: 100%; border: 1px solid #ccc; } figcaption b { font-size: 1.1em; }
-.quiet { color: #5c6370; font-size: .92em; } table { border-collapse: collapse; margin: 1em 0; }
-td, th { padding: .3em .75em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-td:first-child, th:first-child { text-align: left; } thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
-.swatch { display: inline-block; width: .85em; height: .85em; border-radius: 50%; margin: 0 .3em 0 .9em; }
-.bar { display: flex; width: 340px; height: 17px; background: #f1f1f1; } .bar i { display: block; height: 100%; }
-.bad { color: rgb(214, 30, 30); font-weight: 600; } .key { display: flex; flex-wrap: wrap; }
-"""
-
-
-# without thinned-out colours, which would blur the lines; a quarter of a PNG's size
-SHARP = [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+from utils.page import bar, picture, row, swatch, whole_page
 
 
 def page(
@@ -61,8 +43,7 @@ def page(
         _losses(shares),
         _refused(refused),
     ]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
-    return head + "\n".join(section for section in sections if section) + "</html>\n"
+    return whole_page(title, sections)
 
 
 def _how_to_read(comparison: Comparison) -> str:
@@ -84,12 +65,12 @@ hatching, every slot without a dot is one.</li>
 def _levels(comparison: Comparison) -> str:
     order, priors = level_order(comparison.priors), comparison.priors
     strides = {rank: priors.stride[grid.start].max().item() for rank, grid in zip(order.tolist(), priors.grids)}
-    return ", ".join(f"{_swatch(level_colour(rank))}stride {strides[rank]:g}" for rank in sorted(strides))
+    return ", ".join(f"{swatch(level_colour(rank))}stride {strides[rank]:g}" for rank in sorted(strides))
 
 
 def _picture(comparison: Comparison, drawn: Mapping[str, np.ndarray], about: Mapping[str, str], number: int) -> str:
     figures = [
-        f"<figure>{_image(image)}<figcaption><b>{escape(name)}</b> &nbsp;{caption(comparison, name, number)}"
+        f"<figure>{picture(image)}<figcaption><b>{escape(name)}</b> &nbsp;{caption(comparison, name, number)}"
         f"<br><span class=quiet>{escape(about[name])}</span></figcaption></figure>"
         for name, image in drawn.items()
     ]
@@ -106,14 +87,14 @@ def _numbers(comparison: Comparison) -> str:
             *("-" if np.isnan(mean) else f"{mean:.1f}" for mean in sizes.values()),
             "-" if np.isnan(alone) else f"<span class={'bad' if alone else 'quiet'}>{alone:.0%}</span>",
             f"{comparison.ignored(name):.0%}",
-            _bar(_by_rank(comparison, name), [level_colour(rank) for rank in range(len(comparison.priors.grids))]),
+            bar(_by_rank(comparison, name), [level_colour(rank) for rank in range(len(comparison.priors.grids))]),
         ]
-        rows.append(_row("td", [escape(name), *cells]))
+        rows.append(row("td", [escape(name), *cells]))
     head = ["assigner", "positives", "per object (least to most)", *SIZES, "nobody<br>answers", "slots<br>ignored"]
     return f"""<h2>How many answer, and where</h2>
 <p>Over all pictures above. Per object, then for small (below 32&sup2; pixels of the input), medium and large (96&sup2;)
 objects. The bar divides the positives among the levels: {_levels(comparison)}.</p>
-<table><thead>{_row("th", [*head, "share of each level"])}</thead>{"".join(rows)}</table>"""
+<table><thead>{row("th", [*head, "share of each level"])}</thead>{"".join(rows)}</table>"""
 
 
 def _by_rank(comparison: Comparison, name: str) -> np.ndarray:
@@ -129,7 +110,7 @@ def _agreement(comparison: Comparison) -> str:
         rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
     return f"""<h2>How far they agree</h2>
 <p>Of the pairs of slot and object that either of two assigners has, the share that both have.</p>
-<table><thead>{_row("th", ["", *map(escape, comparison.names)])}</thead>{"".join(rows)}</table>"""
+<table><thead>{row("th", ["", *map(escape, comparison.names)])}</thead>{"".join(rows)}</table>"""
 
 
 def _losses(shares: Mapping[str, Mapping[str, np.ndarray]]) -> str:
@@ -137,16 +118,16 @@ def _losses(shares: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     num_objects = max((len(values) - 1 for mine in shares.values() for values in mine.values()), default=0)
     colours = [PALETTE[number % len(PALETTE)] for number in range(num_objects)] + [(205, 208, 214)]
     rows = [
-        _row("td", [escape(name), *(_bar(mine[term], colours) if term in mine else "-" for term in terms)])
+        row("td", [escape(name), *(bar(mine[term], colours) if term in mine else "-" for term in terms)])
         for name, mine in shares.items()
     ]
-    key = "".join(f"{_swatch(colour)}{number + 1}" for number, colour in enumerate(colours[:-1]))
+    key = "".join(f"{swatch(colour)}{number + 1}" for number, colour in enumerate(colours[:-1]))
     return f"""<h2>Whose error the loss is</h2>
 <p>Of picture 1, with the loss that each assigner is published with: through the slots of which object each term pulls
 at the network (share of the absolute gradient). Objects by their number in the picture, grey for all slots that answer
 for nobody. An empty bar is a term without gradient.</p>
-<div class=key>{key}{_swatch(colours[-1])}nobody</div>
-<table><thead>{_row("th", ["assigner", *map(escape, terms)])}</thead>{"".join(rows)}</table>"""
+<div class=key>{key}{swatch(colours[-1])}nobody</div>
+<table><thead>{row("th", ["assigner", *map(escape, terms)])}</thead>{"".join(rows)}</table>"""
 
 
 def _refused(refused: Mapping[str, str]) -> str:
@@ -154,29 +135,3 @@ def _refused(refused: Mapping[str, str]) -> str:
         return ""
     rows = "".join(f"<li><b>{escape(name)}</b>: {escape(reason)}</li>" for name, reason in refused.items())
     return f"<h2>Not possible on this network</h2><ul>{rows}</ul>"
-
-
-def _row(cell: str, values: list[str]) -> str:
-    return "<tr>" + "".join(f"<{cell}>{value}</{cell}>" for value in values) + "</tr>"
-
-
-def _bar(shares: np.ndarray, colours: list[tuple[int, int, int]]) -> str:
-    parts = [
-        f"<i style='width:{100 * share:.2f}%;background:{_css(colour)}' title='{share:.0%}'></i>"
-        for share, colour in zip(shares.tolist(), colours)
-    ]
-    return f"<div class=bar>{''.join(parts)}</div>"
-
-
-def _swatch(colour: tuple[int, int, int]) -> str:
-    return f"<span class=swatch style='background:{_css(colour)}'></span>"
-
-
-def _css(colour: tuple[int, int, int]) -> str:
-    return f"rgb({colour[0]},{colour[1]},{colour[2]})"
-
-
-def _image(image: np.ndarray) -> str:
-    encoded, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), SHARP)
-    assert encoded, "OpenCV encodes JPEG"
-    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(data).decode()}'>"
