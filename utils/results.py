@@ -5,7 +5,9 @@ Every file appears whole or not at all: it is written beside its name and rename
 
 import json
 import re
+import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
@@ -13,13 +15,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.datasets.sources import Frame
-from utils.errors import UserError
+from utils.datasets.capture import Frame, quiet_opencv
+from utils.errors import ResourceError, UserError
 from utils.evaluate import coco_results, segmentations, with_segmentations
 from utils.files import atomic_write, write_text
 from utils.structures import Batch, Detections, Record
 
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+ROOM = 1 << 24  # bytes of a disk that a video leaves, so that what was written of it can be ended
+MAX_TICKS = 65535  # MPEG-4 counts time in at most so many parts of a second
 
 
 def safe_name(text: str) -> str:
@@ -104,16 +108,21 @@ class ResultWriter:
     save_json: bool = False  # detections.json
     save_crop: bool = False  # crops/CLASS/*.jpg
     fourcc: str = "mp4v"
+    side_by_side: bool = False  # frames of several videos alternate, as those of streams do
 
     _stems: Stems = field(default_factory=Stems)
     _json: list[dict] = field(default_factory=list)
-    _video: "VideoFile | None" = None
+    _videos: dict[str, "VideoFile"] = field(default_factory=dict)
 
     def write(self, frame: Frame, detections: Detections, drawn: np.ndarray | None = None) -> None:
         """Write everything asked for about one frame (boxes in its own pixels).
 
         Args:
             drawn: the picture with its boxes; None: no pictures or videos.
+
+        Raises:
+            ResourceError: the disk is full.
+            UserError: the drawn picture would replace the one that was read.
         """
         stem = self._stems(frame.path)
         numbered = stem if frame.fps is None else f"{stem}_{frame.number:06d}"
@@ -125,16 +134,26 @@ class ResultWriter:
             self._write_crops(numbered, frame, detections)
         if drawn is not None and frame.fps is None:
             suffix = Path(frame.path).suffix.lower()
-            write_image(self.folder / f"{stem}{suffix if suffix in WRITABLE else '.jpg'}", drawn)
+            write_image(self._new(f"{stem}{suffix if suffix in WRITABLE else '.jpg'}", frame), drawn)
         elif drawn is not None:
-            self._video_for(frame, stem).append(drawn)
+            # a frame stands for those dropped before it: a second of a stream lasts a second
+            self._video_for(frame, stem).append(drawn, times=1 + frame.num_dropped)
 
     def close(self) -> None:
-        if self._video:
-            self._video.close()
-            self._video = None
-        if self.save_json:
-            write_text(self.folder / "detections.json", json.dumps(self._json, indent=1))
+        """Whatever goes wrong with one file, the others are finished."""
+        with ExitStack() as stack:
+            if self.save_json:
+                stack.callback(lambda: write_text(self.folder / "detections.json", json.dumps(self._json, indent=1)))
+            for video in self._videos.values():
+                stack.callback(video.close)
+            self._videos = {}
+
+    def _new(self, name: str, frame: Frame) -> Path:
+        """Where a result goes: never onto the picture or video that was read."""
+        path = self.folder / name
+        if _is_file(frame) and path.exists() and path.samefile(frame.path):
+            raise UserError(path, "would be replaced by its own result", "another --name or --project")
+        return path
 
     def _entry(self, frame: Frame, detections: Detections) -> dict:
         height, width = frame.image.shape[:2]
@@ -162,42 +181,77 @@ class ResultWriter:
 
     def _video_for(self, frame: Frame, stem: str) -> "VideoFile":
         """The open output of this frame's video; the previous one is finished when another begins."""
-        path = self.folder / f"{stem}.mp4"
-        if self._video is None or self._video.path != path:
-            if self._video:
-                self._video.close()
+        if stem not in self._videos:
+            while self._videos and not self.side_by_side:
+                self._videos.popitem()[1].close()
             height, width = frame.image.shape[:2]
-            self._video = VideoFile(path, frame.fps, (width, height), self.fourcc)
-        return self._video
+            self._videos[stem] = VideoFile(self._new(f"{stem}.mp4", frame), frame.fps, (width, height), self.fourcc)
+        return self._videos[stem]
 
 
 def check_codec(fourcc: str) -> None:
     """Raises UserError if OpenCV cannot write mp4 files with a codec."""
     with tempfile.TemporaryDirectory() as folder:
-        VideoFile(Path(folder) / "codec.mp4", 30.0, (64, 64), fourcc).writer.release()
+        writer = cv2.VideoWriter(f"{folder}/codec.mp4", cv2.VideoWriter.fourcc(*fourcc), 30.0, (64, 64))
+        opened = writer.isOpened()
+        writer.release()
+    if not opened:
+        raise UserError(f"--fourcc {fourcc}", "this OpenCV cannot write mp4 with that codec", "mp4v works anywhere")
+
+
+def writable_rate(fps: float) -> float:
+    """The frame rate nearest to ``fps`` that MPEG-4 can state: 29.97003 -> 29.97, 142.8571 -> 142.86."""
+    rates = ((round(fps, digits), 10**digits) for digits in (3, 2, 1, 0))
+    return max(0.01, next(rate for rate, parts in rates if rate * parts <= MAX_TICKS))
 
 
 class VideoFile:
-    """An mp4 under way: written as ``.part.mp4``, renamed when closed. Frames of another size are resized."""
+    """An mp4 under way: written as ``.part.mp4``, renamed when closed. Frames of another size are resized.
+
+    OpenCV does not say when a disk is full. So the room is looked at while frames are written, and they are counted
+    when the file is closed; what is not whole keeps its ``.part`` name.
+
+    Raises:
+        ResourceError: it cannot be written, or not whole.
+    """
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], fourcc: str):
-        self.path, self.size = path, size
+        self.path, self.size, self.num_frames, self.whole = path, size, 0, True
         self.part = path.with_suffix(f".part{path.suffix}")
-        self.writer = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*fourcc), fps, size)
+        self.writer = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*fourcc), writable_rate(fps), size)
         if not self.writer.isOpened():
             self.part.unlink(missing_ok=True)
-            raise UserError(f"--fourcc {fourcc}", "this OpenCV cannot write mp4 with that codec", "mp4v works anywhere")
+            raise ResourceError(path, f"no video of {size[0]}x{size[1]} can be begun", "is there room on the disk?")
 
-    def append(self, image: np.ndarray) -> None:
+    def append(self, image: np.ndarray, times: int = 1) -> None:
+        """Add a picture, RGB or grey uint8 [H, W, C], as so many frames."""
         colour = cv2.COLOR_RGB2BGR if image.shape[2] == 3 else cv2.COLOR_GRAY2BGR
         image = cv2.cvtColor(image, colour)
         if (image.shape[1], image.shape[0]) != self.size:
             image = cv2.resize(image, self.size, interpolation=cv2.INTER_LINEAR)
-        self.writer.write(image)
+        self.whole = self.whole and shutil.disk_usage(self.part.parent).free > ROOM
+        if not self.whole:
+            raise ResourceError(self.part, f"the disk is full; {self.num_frames} frames are written", "make room")
+        for _ in range(times):
+            self.writer.write(image)
+        self.num_frames += times
 
     def close(self) -> None:
         self.writer.release()
-        self.part.replace(self.path)
+        with quiet_opencv():
+            capture = cv2.VideoCapture(str(self.part))
+            found = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+            capture.release()
+        if found < self.num_frames:
+            self.whole = False
+            message = f"{found} of {self.num_frames} frames could be written"
+            raise ResourceError(self.part, message, "is there room on the disk?")
+        if self.whole:
+            self.part.replace(self.path)
+
+
+def _is_file(frame: Frame) -> bool:
+    return frame.arrived is None and "://" not in frame.path
 
 
 def _rows(detections: Detections) -> list[tuple[list[float], float, int]]:

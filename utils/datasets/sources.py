@@ -5,92 +5,129 @@ A picture that cannot be read never stops the others: it is counted in ``Source.
 
 import glob
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import cv2
-import numpy as np
 
+from utils.datasets.capture import Frame, frame_rate, open_capture, quiet_opencv, to_channels, without_password
 from utils.datasets.formats.pictures import read_lines
 from utils.datasets.images import IMAGE_SUFFIXES, read_image
 from utils.datasets.limits import LIMITS, Limits
+from utils.datasets.streams import RETRIES, Streams, is_live
 from utils.errors import UserError
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".webm", ".ts"}
-SILENT = 0  # OpenCV's log level
-DEFAULT_FPS = 30.0  # for cameras and containers that state none
-TIMEOUT = 10_000  # milliseconds without an answer after which a stream counts as gone
+LIST_SUFFIXES = {".txt", ".streams"}
 SLACK = 0.01  # of the frames a container promises: their number is often an estimate from the duration
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frame:
-    """One picture to look at."""
-
-    image: np.ndarray  # uint8 [H, W, C], RGB or grey
-    path: str  # file, camera number or stream address without its password
-    number: int = 0  # frame of a video, from 0
-    fps: float | None = None  # None: a still picture
 
 
 @dataclass
 class Source:
     """An iterable of frames and what went wrong on the way."""
 
+    name: str  # as typed, without passwords
     frames: Iterator[Frame]
     num_files: int = 1
     total: int | None = None  # frames to come, if known
-    live: bool = False  # a camera or stream: frames come when they come
-    problems: list[str] = field(default_factory=list)
+    streams: Streams | None = None  # cameras and streams: frames come when they come
+    unread: list[str] = field(default_factory=list)  # files, with the reasons
 
     def __iter__(self) -> Iterator[Frame]:
         return self.frames
 
+    @property
+    def problems(self) -> list[str]:
+        """What could not be read, or not to its end."""
+        return self.unread + (self.streams.problems if self.streams else [])
 
-def open_source(text: str, *, channels: int = 3, stride: int = 1, limits: Limits = LIMITS) -> Source:
+    def report(self) -> list[str]:
+        """Lines for the end: each stream, each problem, and how many of how many."""
+        lines = [stream.summary() for stream in self.streams.streams] if self.streams else []
+        lines += [f"warning: {problem}" for problem in self.problems]
+        if self.unread and self.num_files > 1:
+            lines.append(f"{len(self.unread)} of {self.num_files} files could not be read, or not to their end")
+        return lines
+
+    def close(self) -> None:
+        """End the threads of cameras and streams."""
+        if self.streams:
+            self.streams.close()
+
+
+def open_source(
+    text: str,
+    *,
+    channels: int = 3,
+    stride: int = 1,
+    limits: Limits = LIMITS,
+    retries: int = RETRIES,
+    say: Callable[[str], object] = print,
+) -> Source:
     """The frames behind what a user typed; the first one is read at once.
 
     Args:
-        text: picture, video, folder, glob pattern, ``.txt`` list of paths (relative ones: to the list), camera number,
-            or an ``rtsp://`` / ``http(s)://`` stream.
+        text: picture, video, folder, glob pattern, camera number, ``rtsp://`` / ``http(s)://`` stream, or a list
+            (``.txt``, ``.streams``): paths, relative ones to the list, or cameras and streams, which are read side by
+            side. ``http://host/clip.mp4`` is a video like one on disk.
         channels: 3 (RGB) or 1 (grey).
-        stride: keep every stride-th frame of a video.
+        stride: keep every stride-th frame of a video or stream.
         limits: which pictures are taken.
+        retries, say: of streams, see `Streams`.
 
     Raises:
         UserError: nothing found, nothing of it can be read, or the camera, video or stream does not open.
     """
-    if text.isdecimal():
-        source = Source(iter(()), live=True)
-        source.frames = _read_video(int(text), f"camera {text}", channels, stride, source)
-    elif "://" in text:
-        source = Source(iter(()), live=True)
-        source.frames = _read_video(text, without_password(text), channels, stride, source)
+    addresses = [text] if is_live(text) else _listed_addresses(text)
+    if _is_recording(text):
+        source = Source(without_password(text), iter(()))
+        source.frames = _read_video(text, source.name, channels, stride, source)
+    elif addresses:
+        streams = Streams(addresses, channels=channels, stride=stride, retries=retries, say=say)
+        source = Source(streams.streams[0].name if addresses == [text] else text, iter(streams), streams=streams)
     else:
-        source = _open_files(_paths(text), channels, stride, limits)
+        source = _open_files(text, channels, stride, limits)
     first = next(source.frames, None)
+    if first is None and source.streams:
+        source.close()
+        source.streams.refuse_lost(source.name)
     if first is None:
         raise UserError(text, f"none of {source.num_files} files can be read", f"first: {source.problems[0]}")
     source.frames = chain([first], source.frames)
     return source
 
 
-def without_password(address: str) -> str:
-    """``rtsp://user:secret@host/x`` -> ``rtsp://***@host/x``: for logs and file names."""
-    try:
-        parts = urlsplit(address)
-    except ValueError as error:
-        raise UserError("--source", f"not an address: {error}") from error
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"***@{host}" if host != parts.netloc else host))
-
-
 def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _is_recording(text: str) -> bool:
+    """Whether an address is that of a video file. (``.ts`` is what television streams are called, too.)"""
+    return text.startswith(("http://", "https://")) and (
+        Path(urlsplit(without_password(text)).path).suffix.lower() in VIDEO_SUFFIXES - {".ts"}
+    )
+
+
+def _listed(path: Path) -> list[str]:
+    """The lines of a list; none for what is no list."""
+    if path.suffix.lower() not in LIST_SUFFIXES or not path.is_file():
+        return []
+    lines = [line for line, _ in read_lines(path) if not line.startswith("#")]
+    if not lines:
+        raise UserError(path, "the list names no file", "write one path, camera or address a line")
+    return lines
+
+
+def _listed_addresses(text: str) -> list[str]:
+    """The cameras and streams of a list; none for anything else."""
+    lines = _listed(Path(text).expanduser())
+    files = [line for line in lines if not is_live(line)]
+    if files and len(files) < len(lines):
+        raise UserError(text, f"names streams and files ('{files[0]}')", "a list for each")
+    return [] if files else lines
 
 
 def _paths(text: str) -> list[Path]:
@@ -98,11 +135,8 @@ def _paths(text: str) -> list[Path]:
     path = Path(text).expanduser()
     if path.is_dir():
         return _usable(path.iterdir(), path, f"no picture or video in this folder; '{path}/**/*' looks below it, too")
-    if path.suffix.lower() == ".txt" and path.is_file():
-        files = [path.parent / line for line, _ in read_lines(path) if not line.startswith("#")]
-        if not files:
-            raise UserError(path, "the list names no file", "write one path a line")
-        return files
+    if listed := _listed(path):
+        return [path.parent / line for line in listed]
     if path.exists():
         return [path]
     # pathlib has no glob for absolute patterns
@@ -121,9 +155,10 @@ def _usable(files, where: object, message: str) -> list[Path]:
     return usable
 
 
-def _open_files(paths: list[Path], channels: int, stride: int, limits: Limits) -> Source:
+def _open_files(text: str, channels: int, stride: int, limits: Limits) -> Source:
     """Still pictures and videos, one after the other. A file that is alone must be readable."""
-    source = Source(iter(()), num_files=len(paths))
+    paths = _paths(text)
+    source = Source(text, iter(()), num_files=len(paths))
     if not any(map(_is_video, paths)):
         source.total = len(paths)
 
@@ -137,54 +172,31 @@ def _open_files(paths: list[Path], channels: int, stride: int, limits: Limits) -
             except UserError as error:
                 if len(paths) == 1:
                     raise
-                source.problems.append(str(error))
+                source.unread.append(str(error))
 
     source.frames = frames()
     return source
 
 
-def _read_video(address: str | int, name: str, channels: int, stride: int, source: Source) -> Iterator[Frame]:
+def _read_video(address: str, name: str, channels: int, stride: int, source: Source) -> Iterator[Frame]:
     """Frames until the end; notes it in ``source`` when there are fewer than the container promised."""
-    capture = _open(address, name)
+    with quiet_opencv():
+        capture = open_capture(address, name)
+    number = 0
     try:
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        fps = fps if 1 <= fps <= 1000 else DEFAULT_FPS  # NaN, 0 and 90000 occur
-        promised = 0 if source.live else int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        fps, promised = frame_rate(capture), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         if source.num_files == 1 and promised > 0:
             source.total = math.ceil(promised / stride)
-        number, colour = 0, cv2.COLOR_BGR2RGB if channels == 3 else cv2.COLOR_BGR2GRAY
         while capture.grab():
             if number % stride == 0:
                 read, image = capture.retrieve()
                 if not read:
                     break
-                image = cv2.cvtColor(image, colour).reshape(*image.shape[:2], channels)
-                yield Frame(image=image, path=name, number=number, fps=fps / stride)
+                yield Frame(image=to_channels(image, channels), path=name, number=number, fps=fps / stride)
             number += 1
     finally:
         capture.release()
     if number == 0:
         raise UserError(name, "opens, but not one frame of it can be decoded")
     if promised - number > max(1, SLACK * promised):
-        source.problems.append(f"{name}: ends early: {number} of the {promised} frames its header promises can be read")
-    if source.live:
-        source.problems.append(f"{name}: ended at {time.strftime('%H:%M:%S')} after {number} frames")
-
-
-def _open(address: str | int, name: str) -> cv2.VideoCapture:
-    if isinstance(address, str) and "://" not in address and not Path(address).is_file():
-        raise UserError(name, "no such file")
-    log = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # it moved within OpenCV 4
-    level = log.getLogLevel()
-    log.setLogLevel(SILENT)  # a page about every backend; FFmpeg's one line still comes
-    try:
-        if isinstance(address, str) and "://" in address:
-            timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT]
-            capture, kind = cv2.VideoCapture(address, cv2.CAP_FFMPEG, timeouts), "stream"
-        else:
-            capture, kind = cv2.VideoCapture(address), "camera" if isinstance(address, int) else "video"
-    finally:
-        log.setLogLevel(level)
-    if not capture.isOpened():
-        raise UserError(name, f"the {kind} does not open", "is it there, readable, and in a format OpenCV decodes?")
-    return capture
+        source.unread.append(f"{name}: ends early: {number} of {promised} frames can be read")
