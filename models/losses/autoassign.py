@@ -105,8 +105,11 @@ class AutoAssignLoss(nn.Module):
         giou = paired_giou(boxes, targets.boxes[target].to(boxes.dtype))
         p = obj.sigmoid() * at_least_float32(cls).sigmoid() * torch.exp(-self.box * (1 - giou))
         strength = torch.exp(self.temperature * p) * prior
-        total = strength.new_zeros(len(targets)).index_add(0, target, strength).clamp(min=EPS)
-        return negative_log(p.new_zeros(len(targets)).index_add(0, target, p * strength / total[target]))
+        total = strength.new_zeros(len(targets)).index_add(0, target, strength)
+        # of an object whose points all lie too far for float32, the gradient to its priors would be infinite
+        strength = torch.where((total > EPS)[target], strength, strength.detach())
+        share = strength / total.clamp(min=EPS)[target]
+        return negative_log(p.new_zeros(len(targets)).index_add(0, target, p * share))
 
     def _negative(self, preds: Predictions, targets: Targets, assignment: Assignment) -> Tensor:
         """Loss [B, P, C] of every slot and class."""
