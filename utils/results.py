@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -40,6 +41,14 @@ def write_image(path: Path, image: np.ndarray) -> None:
         file.write(data.tobytes())
 
 
+def _without_query(path: str) -> str:
+    """The part of an address that is like a path: ``http://host/cam?x=1`` -> ``cam``; files stay as they are."""
+    if "://" not in path:
+        return path
+    address = urlsplit(path)
+    return address.path.strip("/") or address.netloc
+
+
 class Stems:
     """A file stem of its own for every path: ``a/x.jpg`` and ``b/x.png`` must not overwrite each other."""
 
@@ -49,7 +58,7 @@ class Stems:
 
     def __call__(self, path: str) -> str:
         if path not in self._of:
-            stem = safe_name(Path(path).stem)
+            stem = safe_name(Path(_without_query(path)).stem)
             spellings = chain([stem], (f"{stem}_{number}" for number in count(2)))
             self._of[path] = next(spelling for spelling in spellings if spelling not in self._taken)
             self._taken.add(self._of[path])

@@ -240,7 +240,7 @@ def test_v7_a_stream_that_drops(monkeypatch, seen):
     )
     assert "the stream does not open; try 3 of 8 in 4 s" in said[2] and " back after " in said[4]
     (stream,) = streams.streams
-    assert stream.num_gaps == 1 and "1 gaps of " in stream.summary()
+    assert stream.num_gaps == 1 and "lost 1 times, " in stream.summary()
     line = refused(lambda: streams.refuse_lost(SHOWN), where=SHOWN, says="after 4 frames, 8 retries", exit_code=5)
     seen(f"tries after 1, 2, 4, ... 30 s; gaps logged; exit 5: {line}")
 

@@ -52,6 +52,11 @@ def test_ordinary_names_stay():
 def test_every_path_has_a_stem_of_its_own():
     stems = Stems()
     paths = ["a/x.jpg", "b/x.jpg", "x.png", "x_2.jpg", "c/x.jpg", "camera 0", "rtsp://***@host/yard"]
+    assert [Stems()(path) for path in ("http://host/cam.cgi?x=1/2", "http://host:80", "a?b.png")] == [
+        "cam",
+        "host_80",
+        "a_b",
+    ]
     found = [stems(path) for path in paths]
     assert len(set(found)) == len(paths) and found[0] == "x" and found[-1] == "yard"
     assert [stems(path) for path in paths] == found

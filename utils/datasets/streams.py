@@ -50,7 +50,7 @@ class Stream:
             middle, longest = statistics.median(self.latencies), max(self.latencies)
             parts.append(f"latency {1000 * middle:.0f} ms (at most {1000 * longest:.0f})")
         if self.num_gaps:
-            parts.append(f"{self.num_gaps} gaps of {self.gap:.1f} s together")
+            parts.append(f"lost {self.num_gaps} times, {self.gap:.1f} s together")
         return f"{self.name}: {', '.join(parts)}"
 
 
