@@ -64,7 +64,7 @@ def propose(preds: Predictions, size: tuple[int, int], rule: ProposalRule) -> Pr
     valid = rows >= 0
     rows = rows.clamp(min=0)
     return Proposals(
-        boxes=boxes.gather(1, rows[..., None].expand(-1, -1, 4)) * valid[..., None],
+        boxes=torch.where(valid[..., None], boxes.gather(1, rows[..., None].expand(-1, -1, 4)), 0.0),  # not nan
         logits=logits.gather(1, rows),
         valid=valid,
     )

@@ -31,12 +31,14 @@ def refined(preds: Predictions) -> Predictions:
     logits, deltas = roi(image, proposals.boxes.flatten(0, 1))
     where = xyxy_to_xywh(proposals.boxes)[:, :, None]
     deltas = deltas.unflatten(0, shape)
+    # a place without proposal is silent; no number where the first stage says none, so that somebody counts it
+    unheard = torch.where(preds.obj.isnan().any(1, keepdim=True), torch.nan, -torch.inf)
     boxes = roi.head.coder.decode(deltas, where[..., :2], where[..., 2:], where[..., 2:])
     return replace(
         preds,
         boxes=clip_boxes(boxes, roi.size),
         deltas=deltas,
-        obj=torch.where(proposals.valid, CERTAIN, -torch.inf).to(logits.dtype),
+        obj=torch.where(proposals.valid, CERTAIN, unheard).to(logits.dtype),
         cls=softmax_logits(logits)[:, :-1].unflatten(0, shape),
     )
 

@@ -20,6 +20,7 @@ from models.darknet import Darknet
 from models.postprocess import postprocess
 from models.predictor import Predictor
 from models.structures import Predictions
+from tests.models.two_stage_case import make_images, make_network
 from utils.boxes import box_iou
 from utils.checkpoint import with_prefix, write_checkpoint
 from utils.datasets.records import read_dataset
@@ -319,6 +320,17 @@ def changed(model, ending, value, layer=-1):
 def save(model, path, text=GRID):
     write_checkpoint(path, with_prefix("model", model.state_dict()), {"cfg": text, "names": NAMES})
     return path
+
+
+def test_e6_a_first_stage_that_is_no_number_is_counted():
+    """It has no proposals, so there is nothing that the second stage could say of it."""
+    model = make_network().eval()
+    with torch.no_grad():
+        images = make_images()
+        assert all(found.num_invalid == 0 for found in postprocess(model.predict(images), conf_thres=0.01))
+        images[1] = torch.nan
+        counts = [found.num_invalid for found in postprocess(model.predict(images), conf_thres=0.01)]
+    assert counts[0] == counts[2] == 0 < counts[1]
 
 
 @pytest.fixture
