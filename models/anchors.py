@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from models.structures import Grid, Priors
 
@@ -19,6 +20,12 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Anchors:
     An anchor covers ``size`` squared; ``ratio`` is height by width (detectron2 ``DefaultAnchorGenerator``).
     """
     return tuple((size / ratio**0.5, size * ratio**0.5) for size in sizes for ratio in ratios)
+
+
+def cell_centers(rows: int, columns: int, offset: float, stride: Tensor) -> Tensor:
+    """The points [rows * columns, 2] (x, y, pixels) ``offset`` cells inside their cells; ``stride`` [2] is x, y."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return (torch.stack([column, row], dim=-1).to(stride.dtype) + offset).flatten(0, 1) * stride
 
 
 @lru_cache(maxsize=64)
@@ -36,11 +43,9 @@ def grid_priors(
     rows, columns = grid
     with torch.inference_mode(False), torch.no_grad():  # else training could not use what inference has cached
         stride = torch.tensor([size[1] / columns, size[0] / rows], dtype=dtype)
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        center = (torch.stack([column, row], dim=-1).to(dtype) + offset) * stride
         num = len(anchors)
         parts = {
-            "center": center.flatten(0, 1).repeat(num, 1),
+            "center": cell_centers(rows, columns, offset, stride).repeat(num, 1),
             "size": torch.tensor(anchors, dtype=dtype).repeat_interleave(rows * columns, dim=0),
             "stride": stride.repeat(num * rows * columns, 1),
             "level": torch.zeros(num * rows * columns, dtype=torch.int64),
