@@ -5,6 +5,7 @@ python detect.py --weights yolov3.weights --cfg yolov3.cfg --names data/coco.nam
 """
 
 import argparse
+from collections import Counter
 
 from utils.arguments import add_limits, add_network, add_output, add_resize, add_thresholds, count, whole
 from utils.errors import QuarantineError, UserError, nearest, printable, run_main
@@ -34,6 +35,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     found = add_thresholds(parser, conf_thres=0.25, iou_thres=0.45)
     found.add_argument("--classes", nargs="+", metavar="CLASS", help="keep these classes only: names or numbers")
+    found.add_argument(
+        "--track", action="store_true", help="number objects over the frames (needs: pip install trackers)"
+    )
     written = add_output(parser, "runs/detect")
     written.add_argument("--save-json", action="store_true", help="detections.json")
     written.add_argument("--save-crop", action="store_true", help="crops/CLASS/*.jpg")
@@ -63,7 +67,6 @@ def main(args: argparse.Namespace | None = None) -> None:
     args = args or parse_args()
     import sys
     import time
-    from collections import Counter
     from contextlib import closing
     from functools import partial
 
@@ -80,12 +83,14 @@ def main(args: argparse.Namespace | None = None) -> None:
     from utils.prefetch import prefetch
     from utils.results import ResultWriter, check_codec
     from utils.run import new_run, select_device, select_precision
+    from utils.tracking import Tracker
     from utils.window import Window
 
     # the network
     device = select_device(args.device)
     precision = select_precision(args.precision, device)
     window = Window() if args.view_img else None
+    track = Tracker() if args.track else None
     names = read_names(find_file(args.names, "names file")) if args.names else None
     loaded = load_network(args.weights, cfg=args.cfg, names=names)
     model, names = loaded.model, loaded.names
@@ -144,6 +149,7 @@ def main(args: argparse.Namespace | None = None) -> None:
             tqdm(total=source.total, desc="detect", unit="frame", dynamic_ncols=True, disable=None) as bar,
         ):
             for frame, detections in looked:
+                detections = track(frame, detections) if track else detections
                 drawn = draw(frame.image, detections) if window or not args.nosave else None
                 writer.write(frame, detections, None if args.nosave else drawn)
                 totals.update(detections.labels.tolist())
@@ -156,8 +162,9 @@ def main(args: argparse.Namespace | None = None) -> None:
                     break
     finally:  # say what happened, also after Ctrl-C, the usual end of a stream
         seconds = time.perf_counter() - start
-        found = ", ".join(f"{totals[label]} {printable(name)}" for label, name in enumerate(names) if totals[label])
-        print(f"{seen} frames in {seconds:.1f} s, found: {found or 'nothing'}")
+        print(f"{seen} frames in {seconds:.1f} s, found: {in_words(totals, names)}")
+        if track:
+            print(f"tracked: {in_words(track.totals, names)}")
         parts = " / ".join(
             f"{1000 * part / max(1, seen):.1f} ms {name}" for name, part in predict.timer.seconds.items()
         )
@@ -171,6 +178,14 @@ def main(args: argparse.Namespace | None = None) -> None:
         streams.refuse_lost(source.name)
     if source.problems and args.strict:
         raise QuarantineError(source.name, "not everything could be read, see the warnings above")
+
+
+def in_words(totals: Counter, names: list[str]) -> str:
+    """``2 dog, 1 cat``."""
+    return (
+        ", ".join(f"{totals[label]} {printable(name)}" for label, name in enumerate(names) if totals[label])
+        or "nothing"
+    )
 
 
 def class_numbers(wanted: list[str] | None, names: list[str]) -> list[int] | None:

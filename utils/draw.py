@@ -42,15 +42,18 @@ def draw_detections(
     """Draw what was found, the most certain on top.
 
     Args:
-        detections: boxes in pixels of ``image``, best first; their masks are tinted, where they have some.
+        detections: boxes in pixels of ``image``, best first; their masks are tinted and their numbers named, where
+            they have some.
         line_thickness: pixels; by default it grows with the picture.
     """
     labels, scores = detections.labels.tolist(), detections.scores.tolist()
+    ids = [0] * len(labels) if detections.ids is None else detections.ids.tolist()
     if hide_labels:
         captions = [""] * len(labels)
     else:
         captions = [
-            names[label] if hide_conf else f"{names[label]} {score:.2f}" for label, score in zip(labels, scores)
+            " ".join([f"#{number}"] * (number > 0) + [names[label]] + [f"{score:.2f}"] * (not hide_conf))
+            for number, label, score in zip(ids, labels, scores)
         ]
     image = _tinted(image, detections.boxes, labels, detections.masks)
     return _draw(image, detections.boxes, labels, captions, line_thickness)

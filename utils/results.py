@@ -66,13 +66,16 @@ class Stems:
 
 
 def write_labels(folder: Path, stem: str, detections: Detections, size: tuple[int, int], *, with_score: bool) -> None:
-    """``folder/labels/stem.txt``: ``class cx cy w h [score]``, relative to ``size`` (h, w); empty where nothing is."""
+    """``folder/labels/stem.txt``: ``class cx cy w h [score] [number]``, relative to ``size`` (h, w).
+
+    The number is that of a tracked object, 0 while it has none. The file is empty where nothing was found.
+    """
     height, width = size
     lines = []
-    for (x1, y1, x2, y2), score, label in _rows(detections):
+    for ((x1, y1, x2, y2), score, label), track in zip(_rows(detections), _tracks(detections)):
         numbers = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
         numbers += [score] if with_score else []
-        lines.append(f"{label} " + " ".join(f"{number:.6f}" for number in numbers) + "\n")
+        lines.append(" ".join([str(label), *(f"{number:.6f}" for number in numbers), *map(str, track)]) + "\n")
     path = folder / "labels" / f"{stem}.txt"
     path.parent.mkdir(exist_ok=True)
     write_text(path, "".join(lines))
@@ -173,7 +176,8 @@ class ResultWriter:
                 "score": round(score, 6),
                 "box": [round(edge, 3) for edge in box],
             }
-            for box, score, label in _rows(detections)
+            | dict(zip(["track"], track))
+            for (box, score, label), track in zip(_rows(detections), _tracks(detections))
         ]
         found = with_segmentations(found, segmentations(detections, (height, width)))
         return {"path": frame.path, "frame": frame.number, "width": width, "height": height, "detections": found}
@@ -266,3 +270,8 @@ def _is_file(frame: Frame) -> bool:
 def _rows(detections: Detections) -> list[tuple[list[float], float, int]]:
     """Plain numbers: (box, score, label), best first."""
     return list(zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist()))
+
+
+def _tracks(detections: Detections) -> list[list[int]]:
+    """Of each row its number in a list, which is empty where nothing is tracked."""
+    return [[]] * len(detections) if detections.ids is None else [[number] for number in detections.ids.tolist()]

@@ -238,6 +238,7 @@ class Detections:
     scores: Tensor  # float32 [n] in 0..1
     labels: Tensor  # int64 [n]
     masks: Tensor | None = None  # float32 [n, S, S] in 0..1: whether a cell of the box is the object; None: boxes only
+    ids: Tensor | None = None  # int64 [n]: the number of an object over the frames of a video, 0: none yet
     num_invalid: int = 0  # of what the network said here, left out because a box or score was no number
 
     def __len__(self) -> int:
