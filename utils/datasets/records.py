@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +19,26 @@ from utils.datasets.formats.description import describe, read_names
 from utils.datasets.formats.pictures import Source
 from utils.datasets.formats.rows import KEPT, POLICIES, QUARANTINED, Annotated, Problem, Problems
 from utils.datasets.formats.voc import read_voc
+from utils.datasets.formats.writers import COCO, DARKNET, VOC, YOLO, Writer
 from utils.datasets.formats.yolo import read_yolo
 from utils.datasets.limits import LIMITS, Limits
 from utils.errors import QuarantineError, UserError, nearest
 from utils.structures import Record
 
-Reader = Callable[[Source, Problems], Annotated]
-FORMATS: dict[str, Reader] = {"yolo": read_yolo, "darknet": read_yolo, "coco": read_coco, "voc": read_voc}
+
+class Format(NamedTuple):
+    """Both ways between annotation files and records."""
+
+    read: Callable[[Source, Problems], Annotated]
+    writer: Writer
+
+
+FORMATS = {
+    "yolo": Format(read_yolo, YOLO),
+    "darknet": Format(read_yolo, DARKNET),
+    "coco": Format(read_coco, COCO),
+    "voc": Format(read_voc, VOC),
+}
 __all__ = ["FORMATS", "DataSet", "Problem", "read_dataset", "read_names"]
 SINGLE_CLASS = ("object",)  # what is left of the names when all classes are made one
 WITH_OUTLINES = ("coco", "yolo", "darknet")
@@ -122,7 +136,7 @@ def read_dataset(
     if masks and source.format not in WITH_OUTLINES:
         found = f"annotations of format '{source.format}' hold boxes only, a network with masks needs outlines"
         raise UserError(source.where or path, found, "COCO json and YOLO labels can; or take a cfg without [mask]")
-    names, records, num_unlabelled, category_ids = FORMATS[source.format](source, problems)
+    names, records, num_unlabelled, category_ids = FORMATS[source.format].read(source, problems)
     if not records:
         count = sum(problem.action == QUARANTINED for problem in problems.entries)
         first = next((str(problem) for problem in problems.entries if problem.action == QUARANTINED), "")

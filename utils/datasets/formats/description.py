@@ -27,6 +27,7 @@ YAML_FORMATS = ("yolo", "coco", "voc")
 ENTRY_KEYS = ("train", "val", "test")
 KNOWN_KEYS = {*ENTRY_KEYS, "path", "names", "nc", "format", "annotations", "generator", "download", "roboflow"}
 VOC_LISTS = {"val": ("val", "valid")}
+DARKNET_KEYS = {"val": "valid"}
 
 
 def describe(path: Path, split: str, problems: Problems) -> Source:
@@ -74,7 +75,7 @@ def _describe_json(path: Path, split: str, problems: Problems) -> Source:
 
 def _describe_darknet(path: Path, split: str, problems: Problems) -> Source:
     """A Darknet .data file. Darknet starts relative paths at its working folder, usually the one above this file."""
-    key = {"val": "valid"}.get(split, split)
+    key = DARKNET_KEYS.get(split, split)
     options = _darknet_options(path, "names", key)
     entry, line = options[key]
     return Source(
@@ -149,6 +150,45 @@ DESCRIBERS = {
     ".yml": _describe_yaml,
     ".data": _describe_darknet,
     ".json": _describe_json,
+}
+
+
+def known_splits(path: str | Path) -> tuple[str, ...]:
+    """Which of train, val and test a data set has; a COCO file is one split, called train here.
+
+    Raises:
+        UserError: no data set, or none of them.
+    """
+    path = Path(os.path.expanduser(path))  # noqa: PTH111
+    file = next((path / name for name in YAML_NAMES if (path / name).is_file()), path)
+    splits = SPLITS_OF.get(file.suffix.lower() if kind(file) == "file" else "", _voc_splits)(file)
+    if not splits:
+        describe(path, "train", Problems())  # says what is missing
+    return splits or ("train",)
+
+
+def _yaml_splits(path: Path) -> tuple[str, ...]:
+    data = read_yaml(path)
+    files = data.get("annotations")
+    named = files if isinstance(files, dict) and data.get("format") == "coco" else {}
+    return tuple(key for key in ENTRY_KEYS if data.get(key) is not None or key in named)
+
+
+def _darknet_splits(path: Path) -> tuple[str, ...]:
+    options = _darknet_options(path)
+    return tuple(key for key in ENTRY_KEYS if DARKNET_KEYS.get(key, key) in options)
+
+
+def _voc_splits(folder: Path) -> tuple[str, ...]:
+    lists = folder / SPLITS
+    return tuple(key for key in ENTRY_KEYS if any(kind(lists / f"{name}.txt") for name in VOC_LISTS.get(key, (key,))))
+
+
+SPLITS_OF = {
+    ".yaml": _yaml_splits,
+    ".yml": _yaml_splits,
+    ".data": _darknet_splits,
+    ".json": lambda path: ("train",),
 }
 
 

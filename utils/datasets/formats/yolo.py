@@ -152,8 +152,7 @@ class LabelReader:
             self.num_pixel_rows += 1
             self.first_pixels = self.first_pixels or f"{path}:{number}"
         if len(values) == BOX_COLUMNS:
-            x, y, w, h = values[1:]
-            box = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
+            box = corners_of(*values[1:], size)
         else:
             xs, ys = values[1::2], values[2::2]
             box = (min(xs) * width, min(ys) * height, max(xs) * width, max(ys) * height)
@@ -176,6 +175,12 @@ class LabelReader:
         if self.masks and self.num_rows and not self.num_polygons:
             found = f"none of {self.num_rows} rows is a polygon, a network with masks needs them"
             raise UserError(self.first_row, found, "write 'class x1 y1 x2 y2 ...', or take a cfg without [mask]")
+
+
+def corners_of(x: float, y: float, w: float, h: float, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """A label's relative centre and size in a picture of ``size`` (H, W) -> xyxy in pixels."""
+    height, width = size
+    return (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
 
 
 def _decode(data: bytes, path: Path) -> str:
