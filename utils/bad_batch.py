@@ -11,9 +11,8 @@ from utils.datasets.loader import collate
 from utils.datasets.workers import Loader
 from utils.distributed import is_main
 from utils.files import atomic_write, write_text
-from utils.ledger import Note
+from utils.ledger import Note, describe
 from utils.logger import Logger
-from utils.trainer import describe
 
 NAME = "bad_batch"
 SHOWN = 4  # pictures named on the console

@@ -27,6 +27,14 @@ class Note(NamedTuple):
     terms: dict[str, float]  # sums over the batches, means over their pictures and the processes
 
 
+def describe(note: Note) -> str:
+    """Which losses of a step, and whose gradient, are not finite."""
+    found = [f"loss '{name}' is {term}" for name, term in note.terms.items() if not abs(term) < float("inf")]
+    if note.culprit:
+        found.append(f"gradient of {note.culprit} is not finite")
+    return ", ".join(found)
+
+
 class Ledger:
     """Notes of the steps since the last reading."""
 

@@ -20,7 +20,7 @@ from utils.distributed import all_reduce_mean, world_size
 from utils.ema import EMA
 from utils.errors import DivergenceError, ResourceError
 from utils.failpoints import failpoint
-from utils.ledger import KeptBuffers, Ledger, Note, culprit
+from utils.ledger import KeptBuffers, Ledger, Note, culprit, describe
 from utils.optim import Optim, build_optimizer, clip_gradients, guarded_step, rates, set_rates, split_evenly
 from utils.run import Precision
 from utils.structures import Batch
@@ -306,14 +306,6 @@ COUNTERS = (
     *("epoch", "step", "steps_done", "lr", "lr_factor", "left_out", "tiny_scale"),
     *("sums", "counted", "skipped", "clipped"),  # of the epoch
 )
-
-
-def describe(note: Note) -> str:
-    """Which losses of a step, and whose gradient, are not finite."""
-    found = [f"loss '{name}' is {term}" for name, term in note.terms.items() if not abs(term) < float("inf")]
-    if note.culprit:
-        found.append(f"gradient of {note.culprit} is not finite")
-    return ", ".join(found)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

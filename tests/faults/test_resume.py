@@ -108,6 +108,18 @@ def test_no_epoch_twice(point, runs, seen):
     seen("every epoch once")
 
 
+def test_t15_tensorboard(runs):
+    """Every epoch once, also where the run was killed after it had been drawn."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = runs.new()
+    assert runs.begin(run, env={VARIABLE: "save.open:2:SIGKILL"}).code == -signal.SIGKILL
+    assert runs.resume(run).code == 0
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/box")] == [0, 1, 2]
+
+
 @pytest.fixture(scope="module")
 def stopped(runs):
     """A run that stopped in its second epoch. Not to be continued: copy it."""

@@ -9,9 +9,10 @@ from tiny import CFG, tiny_batch, tiny_step
 
 from utils.checkpoint import read_checkpoint, write_checkpoint
 from utils.errors import DivergenceError, UserError
+from utils.ledger import describe
 from utils.optim import Optim
 from utils.run import PRECISIONS
-from utils.trainer import Trainer, describe
+from utils.trainer import Trainer
 
 CPU = torch.device("cpu")
 OPTIM = Optim(lr0=0.01, nominal_batch=4, warmup_epochs=1, warmup_bias_lr=0.02, ema_tau=10)
