@@ -156,6 +156,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
 
     from models.assignment_pictures import sheets
     from models.darknet_weights import write_weights
+    from models.foreign import foreign_to_darknet
     from models.losses import TrainStep, build_criterion
     from models.predictor import Predictor
     from utils import distributed
@@ -318,7 +319,9 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     load_module(trainer.ema.module, weights_of(read_checkpoint(final)[0]), final)
     watched = interrupts.watched(val_loader)
     evaluation = evaluate(predictor, watched, data.val, data.names, observe=gallery.val, progress=logger.watched)
-    write_weights(trainer.ema.module, final.with_suffix(".weights"))
+    foreign = foreign_to_darknet(cfg)
+    if not foreign:
+        write_weights(trainer.ema.module, final.with_suffix(".weights"))
     for what, draw in {
         "results.png": lambda: save_results_png(run / "results.csv", run / "results.png"),
         "evaluation plots": lambda: save_evaluation_plots(evaluation, run),
@@ -327,7 +330,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
             draw()
     logger.close()
     write_summary(run, {"epochs": trainer.epoch, "best": best.as_dict(), **evaluation.scalars()})
-    logger.say(f"\n{evaluation.table(verbose=True)}\n{where_things_are(run, final, best)}")
+    logger.say(f"\n{evaluation.table(verbose=True)}\n{where_things_are(run, final, best, foreign)}")
     refuse_invalid(evaluation.num_invalid, final)
 
 
@@ -395,12 +398,14 @@ def settings(args: argparse.Namespace, recipe, cfg) -> dict[str, str]:
     return {name: yaml.safe_dump(values, sort_keys=False) for name, values in texts.items()} | {"network.cfg": cfg.text}
 
 
-def where_things_are(run: Path, final: Path, best) -> str:
-    """The end of the story: what lies where."""
+def where_things_are(run: Path, final: Path, best, foreign: list) -> str:
+    """The end of the story: what lies where; with ``foreign`` sections nothing lies there for Darknet."""
+    darknet = f"{final.with_suffix('.weights')} with {run / 'network.cfg'}"
     return f"""
 best epoch   {best.epoch}, fitness {best.fitness:.4f} = 0.1 mAP50 + 0.9 mAP50-95
 checkpoint   {final}
-for Darknet  {final.with_suffix(".weights")} with {run / "network.cfg"}
+for Darknet  {f"none: {foreign[0].message}" if foreign else darknet}
+elsewhere    python -m models.export {final}
 pictures     {run}/train_batch*.jpg, {run}/val_batch*_labels.jpg, {run}/val_batch*_pred.jpg
 plots        {run}/*.png
 numbers      {run / "results.csv"}, {run / "log.jsonl"}
