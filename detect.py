@@ -80,6 +80,7 @@ def main(args: argparse.Namespace | None = None) -> None:
     from utils.datasets.sources import open_source
     from utils.draw import draw_detections
     from utils.evaluate import refuse_invalid
+    from utils.interrupts import Interrupts
     from utils.prefetch import prefetch
     from utils.results import ResultWriter, check_codec
     from utils.run import new_run, select_device, select_precision
@@ -143,6 +144,7 @@ def main(args: argparse.Namespace | None = None) -> None:
     placed = ahead(place(source, batch_size, size, stretches(args.resize, model)))
     try:
         with (
+            Interrupts("what was found is written"),
             closing(writer),
             closing(ahead(look(predict, placed), batch_size)) as looked,
             closing(source),
@@ -160,7 +162,7 @@ def main(args: argparse.Namespace | None = None) -> None:
                 bar.update()
                 if window and not window.show(drawn):
                     break
-    finally:  # say what happened, also after Ctrl-C, the usual end of a stream
+    finally:  # say what happened, also after a signal, the usual end of a stream
         seconds = time.perf_counter() - start
         print(f"{seen} frames in {seconds:.1f} s, found: {in_words(totals, names)}")
         if track:

@@ -19,9 +19,14 @@ EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL of syse
 
 
 class Interrupts:
-    """What was asked since the program started. Use it as a context: the handlers are put back after it."""
+    """What was asked since the program started. Use it as a context: the handlers are put back after it.
 
-    def __init__(self):
+    Args:
+        state: what has become of the work if it ends at once.
+    """
+
+    def __init__(self, state: str = "nothing to save"):
+        self.state = state
         self.stop = 0  # the number of the signal that asked
         self.save = False
         self.patient = False
@@ -45,7 +50,7 @@ class Interrupts:
         else:
             self.stop = number
             if not self.patient:
-                raise stopped(number)
+                raise stopped(number, self.state)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -60,10 +65,10 @@ class Interrupts:
         """The same items, until a request to stop comes. Raises Stopped."""
         for item in items:
             if self.stop:
-                raise stopped(self.stop)
+                raise stopped(self.stop, self.state)
             yield item
 
 
-def stopped(number: int, state: str = "nothing to save") -> Stopped:
+def stopped(number: int, state: str) -> Stopped:
     """The end of a program by signal ``number``; ``state``: what became of its work."""
     return Stopped(f"{signal.Signals(number).name}: {state}", EXIT_CODES[number])

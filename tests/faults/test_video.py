@@ -2,6 +2,7 @@
 
 import json
 import resource
+import signal
 import struct
 import threading
 import time
@@ -321,6 +322,22 @@ def test_credentials_are_masked(look, tmp_path, monkeypatch, capsys, seen, addre
         text += file.name + (file.read_text() if file.suffix in {".json", ".txt"} else "")
     assert without_password(address) in text and "secret" not in text
     seen(without_password(address))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_video_well(server, network, tmp_path, number, code):
+    """The usual end of a stream: the video plays, the json is whole, the last lines are there."""
+    args = ("--weights", network, "--source", write_video(tmp_path / "v.avi", 2000), "--project", tmp_path / "runs")
+    running = server.start("detect.py", *args, "--device", "cpu", "--save-json", "--save-txt")
+    labels, end = tmp_path / "runs" / "exp" / "labels", time.monotonic() + 30
+    while not (labels.is_dir() and len(list(labels.iterdir())) > 5) and time.monotonic() < end:
+        time.sleep(0.01)
+    running.signal(number)
+    done = running.wait()
+    assert done.code == code and f"stopped by {number.name}: what was found is written" in done.err
+    entries = json.loads((labels.parent / "detections.json").read_text())
+    assert 1 <= len(video_of(labels.parent / "v.mp4")[1]) <= len(entries) < 2000
+    assert f"{labels.parent}" in done.out and " frames in " in done.out
 
 
 # -------------------------------------------------------------------------------------------------- what is written
