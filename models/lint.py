@@ -3,6 +3,7 @@
 python -m models.lint cfg/yolov3.cfg
 python -m models.lint my.cfg --fix                  # writes my.fixed.cfg
 python -m models.lint my.cfg --classes 3 -o new.cfg
+python -m models.lint my.cfg --anchors data.yaml    # with --fix or -o: written, with the classes of the data
 """
 
 import argparse
@@ -92,7 +93,7 @@ def _window(section) -> str:
     return f"{size}x{size}/{stride}" if section.type in ("convolutional", "maxpool", "local_avgpool") else ""
 
 
-def lint(path: Path, classes: int | None, write: Path | None, quiet: bool) -> bool:
+def lint(path: Path, classes: int | None, anchors: str | None, write: Path | None, quiet: bool) -> bool:
     """Report on one file, write its corrected text where asked; True where no error is left."""
     cfg = read_cfg(path, strict=False)
     problems = problems_of(cfg)
@@ -102,6 +103,12 @@ def lint(path: Path, classes: int | None, write: Path | None, quiet: bool) -> bo
         cfg, corrected = fix(cfg)
         print(f"{path}: {len(corrected)} lines corrected" if corrected else f"{path}: nothing to correct")
         problems = problems_of(cfg)
+    if anchors is not None:
+        from models.anchor_fit import refit  # with torch, which all else here does without
+
+        raise_errors(problems)
+        cfg, num_classes = refit(cfg, anchors)
+        classes = num_classes if classes is None and write is not None else classes
     if classes is not None:
         raise_errors(problems)
         cfg, changes = adapt_classes(cfg, classes)
@@ -119,6 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("cfg", nargs="+", type=Path)
     parser.add_argument("--fix", action="store_true", help="write the corrected cfg to FILE.fixed.cfg or to -o")
     parser.add_argument("--classes", type=int, help="adapt classes= and filters= of every head")
+    parser.add_argument("--anchors", metavar="DATA", help="fit anchors to the training boxes of a data set")
     parser.add_argument("-o", "--output", type=Path, help="where the corrected or adapted cfg goes")
     parser.add_argument("-q", "--quiet", action="store_true", help="problems only, no table")
     options = parser.parse_args(arguments)
@@ -129,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         write = options.output or (path.with_suffix(".fixed.cfg") if options.fix else None)
         if write and write.exists() and options.output is None:
             raise UserError(write, "exists already", "name the output with -o")
-        sound &= lint(path, options.classes, write, options.quiet)
+        sound &= lint(path, options.classes, options.anchors, write, options.quiet)
     if not sound:
         sys.exit(UserError.exit_code)
 
