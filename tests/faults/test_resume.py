@@ -108,6 +108,21 @@ def test_no_epoch_twice(point, runs, seen):
     seen("every epoch once")
 
 
+def never_better() -> None:
+    """Every epoch as good as the first, which stays the best."""
+    from utils import fitness
+
+    fitness.fitness = lambda scalars: 0.5
+
+
+def test_the_best_epoch_is_remembered(runs):
+    run = runs.new()
+    assert runs.begin(run, before=never_better, env={VARIABLE: "step:5:SIGTERM"}).code == 75
+    assert runs.resume(run, before=never_better).code == 0
+    last, best = (read_checkpoint(run / "weights" / f"{name}.safetensors")[1] for name in ("last", "best"))
+    assert last["best"] == best["best"] == {"fitness": 0.5, "epoch": 0} and (last["step"], best["step"]) == (9, 3)
+
+
 def test_t15_tensorboard(runs):
     """Every epoch once, also where the run was killed after it had been drawn."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
