@@ -180,7 +180,7 @@ def watched(server, tmp_path_factory):
             assert ended.code == 0, ended.err
             noted = read_notes(notes)
             stray = [*tree(home), *(name for name in tree(here) if not name.startswith("runs"))]
-            offline = noted[0][:2] == ["socket.unshared", "(True,)"]
+            offline = noted[0][:2] == ("socket.unshared", "(True,)")
             done[program] = Watched(ended, noted[1:], project, stray, tree(folder / "data") == before, offline)
         return done[program]
 
