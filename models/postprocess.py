@@ -162,13 +162,14 @@ def _best_first(scores: Tensor, threshold: float) -> Iterator[Tensor]:
 def _suppress(chunks: Iterable[Tensor], conflicts: Callable, kept: Tensor, max_det: int) -> Tensor:
     """``kept`` and the best candidates that are in conflict with none kept before them, at most ``max_det`` in all."""
     for chunk in chunks:
-        free = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
-        free[conflicts(chunk, kept, len(kept))[0]] = False
-        chunk = chunk[free]
         if len(chunk) > CHUNK:
-            kept = _suppress(chunk.split(CHUNK), conflicts, kept, max_det)
+            free = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
+            free[conflicts(chunk, kept, len(kept))[0]] = False
+            kept = _suppress(chunk[free].split(CHUNK), conflicts, kept, max_det)
         else:
-            kept = torch.cat([kept, chunk[_survivors(len(chunk), *conflicts(chunk, chunk, -1))]])
+            rows = torch.cat([kept, chunk])
+            worse, better = conflicts(chunk, rows, len(kept) - 1)
+            kept = rows[_survivors(len(rows), worse + len(kept), better)]
         if len(kept) >= max_det:
             break
     return kept[:max_det]
