@@ -7,8 +7,17 @@ python detect.py --weights yolov3.weights --cfg yolov3.cfg --names data/coco.nam
 import argparse
 from collections import Counter
 
-from utils.arguments import add_limits, add_network, add_output, add_resize, add_thresholds, count, whole
-from utils.errors import QuarantineError, UserError, nearest, printable, run_main
+from utils.arguments import (
+    add_limits,
+    add_network,
+    add_output,
+    add_resize,
+    add_thresholds,
+    class_numbers,
+    count,
+    whole,
+)
+from utils.errors import QuarantineError, printable, run_main
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -190,36 +199,16 @@ def in_words(totals: Counter, names: list[str]) -> str:
     )
 
 
-def class_numbers(wanted: list[str] | None, names: list[str]) -> list[int] | None:
-    """The numbers of classes given by name or number; a name counts first."""
-    if wanted is None:
-        return None
-    numbers = {str(number): number for number in range(len(names))} | {name: n for n, name in enumerate(names)}
-    for text in wanted:
-        if text not in numbers:
-            hint = f"numbers go to {len(names) - 1}" if text.isdecimal() else nearest(text, names)
-            raise UserError("--classes", f"no class '{text}'", hint)
-    return [numbers[text] for text in wanted]
-
-
 def place(frames, batch_size: int, size: tuple[int, int], stretch: bool):
     """Batches: frames, where each lies on its canvas, and the canvases (uint8 [B, C, H, W])."""
     from itertools import islice
 
-    import numpy as np
-    import torch
-
-    from utils.datasets.letterbox import letterbox
-    from utils.structures import ImageInfo
+    from utils.datasets import in_memory
 
     frames = iter(frames)
     while batch := list(islice(frames, batch_size)):
-        placed = [letterbox(frame.image, size, stretch=stretch) for frame in batch]
-        infos = [
-            ImageInfo(id=number, path=frame.path, size=frame.image.shape[:2], letterbox=box)
-            for number, (frame, (_, box)) in enumerate(zip(batch, placed))
-        ]
-        yield batch, infos, torch.from_numpy(np.stack([canvas for canvas, _ in placed])).permute(0, 3, 1, 2)
+        images, paths = [frame.image for frame in batch], [frame.path for frame in batch]
+        yield batch, *in_memory.place(images, size, stretch=stretch, paths=paths)
 
 
 def look(predict, batches):

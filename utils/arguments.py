@@ -3,6 +3,7 @@
 import argparse
 
 from utils.datasets.limits import LIMITS
+from utils.errors import UserError, nearest
 
 
 def whole(text: str, least: int = 0) -> int:
@@ -132,3 +133,15 @@ def add_output(parser: argparse.ArgumentParser, project: str) -> argparse._Argum
     group.add_argument("--save-txt", action="store_true", help="labels/*.txt: class cx cy w h")
     group.add_argument("--save-conf", action="store_true", help="label files with the score as sixth column")
     return group
+
+
+def class_numbers(wanted: list[str] | None, names: list[str]) -> list[int] | None:
+    """The numbers of classes given by name or number; a name counts first."""
+    if wanted is None:
+        return None
+    numbers = {str(number): number for number in range(len(names))} | {name: n for n, name in enumerate(names)}
+    for text in wanted:
+        if text not in numbers:
+            hint = f"numbers go to {len(names) - 1}" if text.isdecimal() else nearest(text, names)
+            raise UserError("--classes", f"no class '{text}'", hint)
+    return [numbers[text] for text in wanted]
