@@ -3,7 +3,7 @@
 from models.exports.darknet_file import DarknetExport
 from models.exports.onnx_file import OnnxExport
 from models.exports.openvino_file import OpenvinoExport
-from models.exports.torch_file import TorchExport, ScriptExport
+from models.exports.torch_file import ScriptExport, TorchExport
 
 EXPORTS = {
     "onnx": OnnxExport,

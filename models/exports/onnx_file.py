@@ -53,18 +53,18 @@ suppression (float[B, P, 4] raw_boxes, float[B, P, N] raw_scores)
 
 
 class OnnxExport(Export):
-    """One ``.onnx`` file, weights inside; measured in ONNX Runtime."""
+    """One ``.onnx`` file, weights inside; measured in ONNX Runtime if there is to be a ``runtime``."""
 
     offers = frozenset({"batch_size", "dynamic", "half", "nms"})
 
     def __init__(self, wish: Wish, runtime: bool = True):
-        for package in ("onnx", "onnxscript"):
-            needed(package, "--format onnx", INSTALL)
+        if runtime:
+            *_, onnxruntime = (needed(package, "--format onnx", INSTALL) for package in INSTALL.split())
+            self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
         self.model = self.plain = to_onnx(wish)
         if wish.nms:
             self.model = with_suppression(self.plain, wish.nms)
         if runtime:
-            self.runtime = f"ONNX Runtime {needed('onnxruntime', '--format onnx', INSTALL).__version__}"
             self.session = session(self.plain)
             self.suppressing = session(self.model) if wish.nms else None
 

@@ -21,7 +21,7 @@ class OpenvinoExport(Export):
     offers = OnnxExport.offers
 
     def __init__(self, wish: Wish):
-        openvino = needed("openvino", "--format openvino", INSTALL)
+        openvino, *_ = (needed(package, "--format openvino", INSTALL) for package in INSTALL.split())
         source = OnnxExport(replace(wish, half=False), runtime=False)
         self.runtime = f"OpenVINO {openvino.__version__}"
         self.half, self.core = wish.half, openvino.Core()
