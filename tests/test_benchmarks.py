@@ -5,7 +5,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks import assign_cost, assigners, assignment, gpu, journal, networks, train_step, yolox_ladder
+from benchmarks import (
+    assign_cost,
+    assigners,
+    assignment,
+    detect,
+    gpu,
+    journal,
+    mean_ap,
+    networks,
+    postprocess,
+    train_step,
+    yolox_ladder,
+)
 from benchmarks.bare import BareNetwork
 from benchmarks.short_training import parse_args
 from models.assigners import ASSIGNERS, build_targets
@@ -137,3 +149,18 @@ def test_journal_survives_and_tables_align(tmp_path, monkeypatch):
     journal.record("Title", "command", "text", torch.device("cpu"))
     written = journal.README.read_text()
     assert "### Title, 20" in written and "`command`; commit " in written and written.endswith("```\ntext\n```\n")
+
+
+@pytest.mark.parametrize(
+    "module, flags", [(postprocess, []), (mean_ap, []), (detect, ["--parts", "network", "picture"])]
+)
+def test_fast_paths_equal_the_plain_ones_before_they_are_timed(module, flags, monkeypatch, capsys):
+    """Beside no peer but pycocotools, which the tests have; what is compared raises if it is not equal."""
+    installed = module.peer
+    monkeypatch.setattr(module, "peer", lambda name, package: installed(name, package) if "pyco" in package else None)
+    threads = torch.get_num_threads()
+    try:
+        module.main(module.parse_args(["--quick", *flags]))
+    finally:
+        torch.set_num_threads(threads)
+    assert "matchbox" in capsys.readouterr().out
