@@ -19,7 +19,8 @@ class Assigner(Protocol):
 
     * pure: the same arguments give the same assignment, on every device; nothing is stored and no argument changes;
     * the whole batch at once, without a device sync: no ``.item()``, ``nonzero`` or boolean-mask indexing. What is not
-      known on the host stays in the table with weight 0;
+      known on the host stays in the table with weight 0. On a CPU, where nobody waits, a shorter list of the same rows
+      may be made from it;
     * any number of objects, none included; any picture may be without objects;
     * rows in a fixed order that does not depend on the device;
     * no gradient (``build_targets`` sees to it);
