@@ -41,7 +41,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     from utils import distributed
     from utils.allocator import keep_freed_memory
     from utils.bad_batch import BadBatches
-    from utils.checkpoint import load_module, read_checkpoint, weights_of
+    from utils.checkpoint import load_module, weights_of
     from utils.datasets.limits import Limits
     from utils.datasets.quarantine import write_quarantine
     from utils.datasets.splits import build_loaders, read_splits
@@ -95,6 +95,9 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
         workers=share_cores(device, args.workers),
         pin_memory=device.type == "cuda",
     )
+    step = TrainStep(model, criterion).to(device)
+    if args.selftest:
+        return selftest(args, step, data, val_loader, size)
 
     # ---- where: the run's own folder, with everything beside the results that is needed to do it again --------------
     run = resumed.path.parents[1] if resumed else shared_new_run(args.project, args.name, args.exist_ok)
@@ -112,7 +115,6 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     logger.say(f"{recipe.assigner['name']} + {recipe.loss['name']}, {precision.name} on {device}, {run}")
 
     # ---- how: optimiser, average, schedule ---------------------------------------------------------------------------
-    step = TrainStep(model, criterion).to(device)
     if args.channels_last:
         step.to(memory_format=torch.channels_last)
     if args.sync_bn:
@@ -183,7 +185,8 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
             trainer.end_epoch()
             if is_over() or not args.nosave:
                 keep_every = args.save_period and (epoch + 1) % args.save_period == 0
-                saver.save(["best"] * is_better + [f"epoch{epoch}"] * bool(keep_every))
+                save = saver.save_at_last if is_over() else saver.save
+                save(["best"] * is_better + [f"epoch{epoch}"] * bool(keep_every))
             if epoch == 0:  # not before it: tracing takes a second that a person would wait for the first step
                 logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
             if args.show_assignments and scalars:
@@ -194,8 +197,8 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     # ---- the best epoch, looked at closely ---------------------------------------------------------------------------
     if not distributed.is_main():
         return
-    final = next(file for name in ("best", "last") if (file := store.path(name)).exists())
-    load_module(trainer.ema.module, weights_of(read_checkpoint(final)[0]), final)
+    final, tensors = saver.final()
+    load_module(trainer.ema.module, weights_of(tensors), final)
     watched = interrupts.watched(val_loader)
     evaluation = evaluate(predictor, watched, data.val, data.names, observe=gallery.val, progress=logger.watched)
     foreign = foreign_to_darknet(cfg)
@@ -267,6 +270,24 @@ def build_network(args: argparse.Namespace, cfg, names: list[str], resumed):
     params, flops = (sum(getattr(layer, name) for layer in model.graph.layers) for name in ("params", "flops"))
     say(f"{cfg.path}: {len(model.layers)} layers, {params / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP")
     return model, (height, width), cfg.with_options([(cfg.net, key, value) for key, value in kept])
+
+
+def selftest(args: argparse.Namespace, step, data, val_loader, size: tuple[int, int]) -> None:
+    """Why is my mAP zero? Asks on the console, leaves a page. Raises UserError where something keeps it there."""
+    from models.selftest import examine, refuse, verdict
+    from models.selftest_page import page
+    from utils.distributed import world_size
+    from utils.files import write_text
+    from utils.run import new_run
+
+    if world_size() > 1:
+        raise UserError("--selftest", "is one process", "python train.py without torchrun")
+    checks, story = examine(step, data, val_loader, size, say=lambda check: print(check, flush=True))
+    file = new_run(args.project, f"{args.name}-selftest", args.exist_ok) / "index.html"
+    notes = [f"Network: {args.cfg}", f"Weights: {args.weights or 'none'}", f"Recipe: {args.hyp}", f"Data: {args.data}"]
+    write_text(file, page(checks, verdict(checks), story, data.names, notes=notes))
+    print(f"\n{verdict(checks)}\nMore: {file}")
+    refuse(checks, file)
 
 
 def settings(args: argparse.Namespace, recipe, cfg) -> dict[str, str]:

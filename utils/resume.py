@@ -24,7 +24,7 @@ SUMMARY = "summary.json"  # the last file that a run writes
 MAY_CHANGE = {
     *("epochs", "patience", "device", "workers", "cache", "precision", "channels_last", "sync_bn", "compile"),
     *("project", "name", "exist_ok", "nosave", "noval", "save_period", "save_interval", "show_assignments", "debug"),
-    *("resume", "allow_data_change", "max_bad", "strict", "max_pixels", "allow_truncated"),
+    *("selftest", "resume", "allow_data_change", "max_bad", "strict", "max_pixels", "allow_truncated"),
 }
 
 

@@ -63,6 +63,13 @@ def parse_args(argv: list[str], defaults: dict | None = None, *, description: st
     )
     how.add_argument("--seed", type=whole, default=0)
 
+    instead = parser.add_argument_group("before a training, instead of it")
+    instead.add_argument(
+        "--selftest",
+        action="store_true",
+        help="why is my mAP zero? about two minutes, a page in the run's folder, a verdict in words",
+    )
+
     machine = parser.add_argument_group("on what machine")
     machine.add_argument("--device", default="", help="cpu, or the number of a GPU; default: a GPU if there is one")
     machine.add_argument(
