@@ -1,11 +1,15 @@
 """When a training is saved, what a checkpoint holds, and the way back to one."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from utils.checkpoint import read_checkpoint
 from utils.distributed import all_reduce_max, broadcast, is_main
-from utils.errors import DivergenceError, UserError
+from utils.errors import DivergenceError, ResourceError, UserError
 from utils.fitness import Best
 from utils.interrupts import Interrupts, stopped
 from utils.logger import Logger
@@ -45,20 +49,48 @@ class Saver:
         if resumed:
             trainer.restore(resumed.tensors, resumed.meta, resumed.path)
             best.restore(resumed.meta["best"])
+        self.kept = best.as_dict()
 
-    def save(self, names: Iterable[str] = ()) -> None:
-        """Commit the present state as ``last``, and under more names. Raises as ``Trainer.look`` and ``Store.save``."""
+    def save(self, names: Sequence[str] = ()) -> bool:
+        """Commit the present state as ``last``, and under more names. False: the disk did not take it, and the best
+        epoch is still the one that it holds. Raises as ``Trainer.look`` and ``Store.save``.
+        """
         self.trainer.look()
         meta = {**self.fixed, "best": self.best.as_dict(), **self.trainer.counters()}
-        problem = None
+        done, problem = False, None
         if is_main():
             try:
-                self.store.save(self.trainer.tensors(), meta, self.trainer.step, names)
+                done = self.store.save(self.trainer.tensors(), meta, self.trainer.step, names)
             except DivergenceError as error:
                 problem = error.where, error.message, error.hint
-        if problem := broadcast(problem):
+        done, problem = broadcast([done, problem])
+        if problem:
             raise DivergenceError(*problem)
-        self.since, self.has_saved = time.monotonic(), True
+        self.since = time.monotonic()
+        if done:
+            self.has_saved, self.kept = True, self.best.as_dict()
+        elif "best" in names:
+            self.best.restore(self.kept)
+        return done
+
+    def save_at_last(self, names: Sequence[str] = ()) -> None:
+        """As ``save``, where no other one comes after it. Raises also ResourceError: the disk did not take it."""
+        if not self.save(names):
+            found = "the last save failed (the warning above says why), the one before it stays"
+            raise ResourceError(self.store.folder, found, "make room; --resume goes on from there")
+
+    def final(self) -> tuple[Path, dict[str, Tensor]]:
+        """The checkpoint to look at closely: the best epoch's where it was saved, else the last one.
+
+        A file that another training left under such a name (--exist-ok) knows of another best.
+        """
+        for name in ("best", "last", "previous"):
+            path = self.store.path(name)
+            if path.exists():
+                tensors, meta = read_checkpoint(path)
+                if meta["best"] == self.best.as_dict():
+                    return path, tensors
+        raise UserError(self.store.folder, "no checkpoint of the last epoch", "--resume RUN names one to go on from")
 
     def between_steps(self) -> None:
         """Save if it is time or asked for, and stop if that is. Raises Stopped."""
@@ -70,9 +102,9 @@ class Saver:
         self.stop_if(stop)
 
     def stop_if(self, number: int) -> None:
-        """End the program where a signal asked for it; nothing is lost."""
+        """End the program where a signal asked for it; nothing is lost. Raises Stopped, or as ``save_at_last``."""
         if number:
-            self.save()
+            self.save_at_last()
             place = f"epoch {self.trainer.epoch}, step {self.trainer.step}"
             raise stopped(number, f"saved at {place}; --resume {self.store.folder.parent} continues")
 

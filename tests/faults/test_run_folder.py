@@ -1,6 +1,7 @@
 """train.py and its folder: a disk that fills, a folder that is read-only or vanishes, runs that meet in one."""
 
 import csv
+import json
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
+from utils.checkpoint import read_checkpoint
 from utils.failpoints import VARIABLE
 from utils.store import Store
 
@@ -94,6 +96,49 @@ def test_t7_rows_that_never_fit(server, tiny_run, tmp_path, seen):
     done = server.run("train.py", *tiny_run, "--project", tmp_path, env={VARIABLE: "csv.append:1+:enospc"})
     assert done.code == 5 and newest_step(tmp_path / "exp") == 9
     seen(done.error_line().replace(str(tmp_path), ""))
+
+
+def test_t7_the_last_save_must_succeed(server, tiny_run, tmp_path, seen):
+    """Also where it is the first one (--nosave): a run that is not saved did not end well."""
+    done = server.run("train.py", *tiny_run, "--project", tmp_path, "--nosave", env={VARIABLE: "save.open:1:enospc"})
+    assert done.code == 5 and "the last save failed" in done.error_line()
+    done = server.run("train.py", *tiny_run, "--project", tmp_path, env={VARIABLE: "save.open:3:enospc"})
+    assert done.code == 5 and newest_step(tmp_path / "exp2") == 6 and not (tmp_path / "exp2/summary.json").exists()
+    seen(done.error_line().replace(str(tmp_path), ""))
+
+
+def test_t7_the_best_epoch_is_one_that_was_saved(server, tiny_run, tmp_path):
+    """The save of a new best fails: the run's best is the epoch whose weights there are."""
+    done = server.run(
+        "train.py", *tiny_run, "--project", tmp_path, before=rising, env={VARIABLE: "save.write:20:enospc"}
+    )
+    assert done.code == 0 and "not saved" in done.out, done.err
+    best = read_checkpoint(tmp_path / "exp" / "weights" / "best.safetensors")[1]["best"]
+    assert best == {"fitness": 0.3, "epoch": 2}
+    done = server.run(
+        "train.py", *tiny_run, "--project", tmp_path, before=early, env={VARIABLE: "save.write:20:enospc"}
+    )
+    assert done.code == 0 and "not saved" in done.out, done.err
+    summary = json.loads((tmp_path / "exp2" / "summary.json").read_text())
+    best = read_checkpoint(tmp_path / "exp2" / "weights" / "best.safetensors")[1]["best"]
+    assert summary["best"] == best == {"fitness": 0.1, "epoch": 0}
+
+
+def fitness_of_epochs(*values: float) -> None:
+    from utils import fitness
+
+    left = list(values)
+    fitness.fitness = lambda scalars: left.pop(0)
+
+
+rising, early = partial(fitness_of_epochs, 0.1, 0.2, 0.3), partial(fitness_of_epochs, 0.1, 0.2, 0.05)
+
+
+def test_what_another_run_left_is_not_looked_at(server, tiny_run, tmp_path):
+    """--exist-ok into a run's folder, with checkpoints after the last epoch only: its best stays there, unused."""
+    assert server.run("train.py", *tiny_run, "--project", tmp_path).code == 0
+    done = server.run("train.py", *tiny_run, "--project", tmp_path, "--exist-ok", "--nosave", before=early)
+    assert done.code == 0 and "weights/last.safetensors" in done.out.rpartition("best epoch")[2], done.out
 
 
 def test_t7_a_disk_that_is_too_small_to_begin(server, tiny_run, mounted, seen):

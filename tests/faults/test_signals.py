@@ -79,6 +79,17 @@ def test_a_signal_loses_no_step(plan, step, runs, seen):
     seen(f"exit {ended.code}, {ended.err.strip().splitlines()[-1].partition('; ')[0]}")
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"], ids=["T3-T7-full", "T4-T7-full"])
+def test_a_save_that_fails_is_not_called_saved(name, runs, seen):
+    """There is no later save to try again: exit 5, and what was saved before stays."""
+    run = runs.new()
+    ended = runs.begin(run, env={VARIABLE: f"step:5:{name},save.open:2:enospc"}, timeout=10)
+    assert ended.code == 5 and "the last save failed" in ended.error_line() and "saved at" not in ended.err
+    assert "warning: not saved" in ended.out and meta(run)["step"] == 3
+    runs.assert_ends_equal(run)
+    seen(f"exit {ended.code}, the save before it stays")
+
+
 def test_t3_in_an_evaluation(runs, seen):
     """The epoch's steps are kept, its evaluation is made again."""
     run = runs.new()
