@@ -34,7 +34,7 @@ from utils.datasets.augment import Augment
 from utils.datasets.cache import build_cache
 from utils.datasets.dataset import DetectionDataset
 from utils.datasets.images import read_image
-from utils.datasets.loader import TrainSampler, collate
+from utils.datasets.loader import TrainSampler, make_batch
 from utils.errors import run_main
 from utils.structures import Record
 
@@ -143,7 +143,7 @@ def ours(records: list[Record], size: int, kind: str) -> Iterator:
     for epoch in range(1_000_000):
         sampler.set_epoch(epoch)
         for draws in sampler:
-            yield collate([dataset[draw] for draw in draws])
+            yield make_batch(dataset, draws)
 
 
 def theirs(ultralytics, folder: str, size: int, kind: str, num: int) -> Iterator:

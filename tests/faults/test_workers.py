@@ -39,7 +39,7 @@ class Disturbed:
     def __init__(self, folder, fault, times, at=7):
         self.folder, self.fault, self.times, self.at = folder, fault, times, at
 
-    def __getitem__(self, draw):
+    def make(self, draw, out):
         done = len(list(self.folder.iterdir()))
         if draw.index == self.at and done < self.times:
             (self.folder / str(done)).touch()
@@ -70,7 +70,11 @@ def impatient(monkeypatch):
 
 def loader_of(folder, fault, times, num_batches=12, workers=2) -> Loader:
     folder.mkdir(exist_ok=True)
-    return Loader(Disturbed(folder, fault, times), Draws(num_batches), list, workers=workers, pin_memory=False)
+    return Loader(Disturbed(folder, fault, times), Draws(num_batches), in_a_list, workers=workers, pin_memory=False)
+
+
+def in_a_list(dataset, draws, allocate):
+    return [dataset.make(draw, None) for draw in draws]
 
 
 WHOLE = [[2 * n, 2 * n + 1] for n in range(12)]

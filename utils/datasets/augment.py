@@ -7,10 +7,14 @@ Every geometric change is a 3x3 matrix from the pixels of a source picture to th
 first and carried out once per picture, straight at the final size: no canvas of double size is made, cropped and
 resized again. Where nothing rotates, that one step is a crop and a resize, at a third of the cost of a warp.
 
+``out``, where a function takes one, is as in numpy: uint8 [H, W, C], where the pixels go; it may be the picture's own
+memory.
+
 Letters: H W height and width of the sample, h w of a source picture, n boxes of one picture.
 Coordinates are continuous (pixel i covers i..i+1); OpenCV's warps count from pixel centres, see ``_warp``.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import cv2
@@ -24,8 +28,11 @@ MIN_VISIBLE = 0.1  # of its area
 MIN_SIDE = 2.0  # pixels
 MAX_ASPECT = 100.0
 
-GREY = np.full((3, 3), 1 / 3)  # a colour's share along the grey axis; the rest of it is its colourfulness
+GREY = np.full((3, 3), 1 / 3)  # a colour's share along the grey axis
+COLOURFUL = np.eye(3) - GREY  # and the rest of it
 QUARTER_TURN = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5  # of that rest about the axis, from red to green
+CORNERS = [0, 1, 2, 1, 2, 3, 0, 3]  # of a box: where the x and y of its four corners stand in it
+FLIP_CODES = {(True, False): 1, (False, True): 0, (True, True): -1}  # mirrored along x, along y -> OpenCV's word
 
 LIMITS = {  # largest meaningful value of a recipe key
     "hsv_h": 0.5, "hsv_s": 1, "hsv_v": 1, "degrees": 180, "translate": 1, "scale": 0.99, "shear": 80,
@@ -70,14 +77,14 @@ class Augment:
 
 
 def random_perspective(
-    sample: Sample, size: tuple[int, int], augment: Augment, rng, *, stretch: bool = False
+    sample: Sample, size: tuple[int, int], augment: Augment, rng, *, stretch: bool = False, out=None
 ) -> Sample:
     """One picture at ``size`` (H, W): letterboxed, then turned, zoomed, sheared, tilted and shifted at random."""
     view = _random_view(augment, size, size, rng)
-    return _compose([sample], [view @ _placement(sample, size, stretch)], size)
+    return _compose([sample], view @ _placement(sample, size, stretch)[None], size, out)
 
 
-def mosaic(samples: list[Sample], size, augment: Augment, rng, *, stretch: bool = False) -> Sample:
+def mosaic(samples: list[Sample], size, augment: Augment, rng, *, stretch: bool = False, out=None) -> Sample:
     """Four pictures around a random point as one sample of ``size`` (H, W) (YOLOv4, section 3.3).
 
     Laid out as in the YOLOv3 archive: on a plane of twice the size each picture is as large as it would be alone, a
@@ -86,26 +93,24 @@ def mosaic(samples: list[Sample], size, augment: Augment, rng, *, stretch: bool 
     pictures and not grey. Its info is the first picture's, without a way back to the original.
     """
     height, width = size
-    center_x, center_y = rng.uniform(width / 2, width * 3 / 2), rng.uniform(height / 2, height * 3 / 2)
+    center_x, center_y = (rng.uniform(0.5, 1.5, 2) * (width, height)).tolist()
     view = _random_view(augment, size, (2 * height, 2 * width), rng)
-    matrices = []
-    for sample, corner in zip(samples, rng.permutation(4), strict=True):
-        (tile_height, tile_width), _ = fit(sample.image.shape, size, stretch=stretch)
+    places = []
+    for sample, corner in zip(samples, rng.permutation(4).tolist(), strict=True):
+        (tile_height, tile_width), placed = fit(sample.image.shape, size, stretch=stretch)
         left = center_x - tile_width * (corner % 2 == 0)
         top = center_y - tile_height * (corner < 2)
-        matrices.append(
-            view @ _place(tile_width / sample.image.shape[1], tile_height / sample.image.shape[0], left, top)
-        )
-    return _compose(samples, matrices, size)
+        places.append(_place(*placed.scale, left, top))
+    return _compose(samples, view @ np.stack(places), size, out)
 
 
-def mixup(sample: Sample, other: Sample, rng) -> Sample:
+def mixup(sample: Sample, other: Sample, rng, out=None) -> Sample:
     """Two samples of one size shining through each other, with the objects of both.
 
     arXiv 1710.09412; the share is drawn from Beta(32, 32), near a half, as in YOLOv5.
     """
     share = rng.beta(32.0, 32.0)
-    image = cv2.addWeighted(sample.image, share, other.image, 1 - share, 0).reshape(sample.image.shape)
+    image = cv2.addWeighted(sample.image, share, other.image, 1 - share, 0, dst=out).reshape(sample.image.shape)
     joined = {
         name: np.concatenate([getattr(sample, name), getattr(other, name)]) for name in ("boxes", "labels", "ignore")
     }
@@ -114,7 +119,7 @@ def mixup(sample: Sample, other: Sample, rng) -> Sample:
     return sample.replace(image=image, **joined)
 
 
-def hsv(sample: Sample, augment: Augment, rng) -> Sample:
+def hsv(sample: Sample, augment: Augment, rng, out=None) -> Sample:
     """Hue, saturation and brightness at random, as one 3x3 matrix. A grey picture has brightness only.
 
     Hue turns a colour about the grey axis, saturation scales its distance from there, brightness scales all of it: the
@@ -122,38 +127,33 @@ def hsv(sample: Sample, augment: Augment, rng) -> Sample:
     through HSV, at twelve times the cost: over pictures the changes agree (a test), except that the strongest gains of
     saturation come out a tenth weaker.
     """
-    turn, *gains = rng.uniform(-1, 1, 3) * (augment.hsv_h, augment.hsv_s, augment.hsv_v)
+    turn, *gains = (rng.uniform(-1, 1, 3) * (augment.hsv_h, augment.hsv_s, augment.hsv_v)).tolist()
+    image, saturation, brightness = sample.image, 1.0 + gains[0], 1.0 + gains[1]
     if not (turn or any(gains)):
-        return sample
-    saturation, brightness = 1.0 + gains[0], 1.0 + gains[1]
-    if sample.image.shape[2] != 3:
-        return sample.replace(image=cv2.convertScaleAbs(sample.image, alpha=brightness).reshape(sample.image.shape))
-    angle = turn * 2 * np.pi
-    colour = saturation * (np.cos(angle) * (np.eye(3) - GREY) + np.sin(angle) * QUARTER_TURN)
-    return sample.replace(image=cv2.transform(sample.image, brightness * (GREY + colour)))
+        if out is None:
+            return sample
+        np.copyto(out, image)
+        return sample.replace(image=out)
+    if image.shape[2] != 3:
+        return sample.replace(image=cv2.convertScaleAbs(image, dst=out, alpha=brightness).reshape(image.shape))
+    angle = turn * 2 * math.pi
+    colour = saturation * (math.cos(angle) * COLOURFUL + math.sin(angle) * QUARTER_TURN)
+    return sample.replace(image=cv2.transform(image, brightness * (GREY + colour), dst=out))
 
 
-def flip(sample: Sample, augment: Augment, rng) -> Sample:
+def flip(sample: Sample, augment: Augment, rng, out=None) -> Sample:
     """Mirrored left-right and upside down, each with its probability."""
-    height, width = sample.image.shape[:2]
-    if rng.random() < augment.fliplr:
-        sample = _mirror(sample, 0, width)
-    if rng.random() < augment.flipud:
-        sample = _mirror(sample, 1, height)
-    return sample
-
-
-def _mirror(sample: Sample, axis: int, side: int) -> Sample:
-    """Mirrored along x (``axis`` 0) or y (1), a picture of that side."""
-    image, boxes = cv2.flip(sample.image, 1 - axis).reshape(sample.image.shape), sample.boxes.copy()
-    boxes[:, [axis, axis + 2]] = side - sample.boxes[:, [axis + 2, axis]]
-
-    def turned(corners: np.ndarray) -> np.ndarray:
-        places = corners.copy()
-        places[:, axis] = side - corners[:, axis]
-        return places
-
-    return sample.replace(image=image, boxes=boxes, outlines=sample.outlines_after(turned))
+    mirrored = rng.random(2) < (augment.fliplr, augment.flipud)  # along x, along y
+    if not mirrored.any():
+        return sample
+    image, sides = sample.image, np.array(sample.image.shape[1::-1], np.float32)
+    signs, starts = np.where(mirrored, -1, 1).astype(np.float32), np.where(mirrored, sides, 0)
+    order = [2 * mirrored[0], 1 + 2 * mirrored[1], 2 - 2 * mirrored[0], 3 - 2 * mirrored[1]]
+    return sample.replace(
+        image=cv2.flip(image, FLIP_CODES[tuple(mirrored.tolist())], dst=out).reshape(image.shape),
+        boxes=(sample.boxes * np.tile(signs, 2) + np.tile(starts, 2))[:, order],
+        outlines=sample.outlines_after(lambda corners: corners * signs + starts),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- matrices
@@ -172,16 +172,19 @@ def _placement(sample: Sample, size, stretch: bool) -> np.ndarray:
 
 def _random_view(augment: Augment, size, plane, rng) -> np.ndarray:
     """A random view of ``size`` (H, W) onto the middle of a ``plane`` (H', W'): tilt, turn and zoom, shear, shift."""
-    tilt = np.eye(3)
-    tilt[2, :2] = rng.uniform(-augment.perspective, augment.perspective, 2)
-    angle = np.radians(rng.uniform(-augment.degrees, augment.degrees))
-    zoom = rng.uniform(1 - augment.scale, 1 + augment.scale)
-    cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
-    turn = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])
-    shear = np.eye(3)
-    shear[0, 1], shear[1, 0] = np.tan(np.radians(rng.uniform(-augment.shear, augment.shear, 2)))
-    middle = rng.uniform(0.5 - augment.translate, 0.5 + augment.translate, 2) * (size[1], size[0])
-    return _place(1.0, 1.0, *middle) @ shear @ turn @ tilt @ _place(1.0, 1.0, -plane[1] / 2, -plane[0] / 2)
+    limits = (augment.perspective,) * 2 + (augment.degrees, augment.scale) + (augment.shear,) * 2
+    limits += (augment.translate,) * 2
+    tilt_x, tilt_y, angle, zoom, shear_x, shear_y, right, down = (rng.uniform(-1, 1, 8) * limits).tolist()
+    angle, shear_x, shear_y = math.radians(angle), math.tan(math.radians(shear_x)), math.tan(math.radians(shear_y))
+    cos, sin = (1 + zoom) * math.cos(angle), (1 + zoom) * math.sin(angle)
+    x, y = -plane[1] / 2, -plane[0] / 2
+    tilted = np.array([[1.0, 0.0, x], [0.0, 1.0, y], [tilt_x, tilt_y, 1 + tilt_x * x + tilt_y * y]])
+    turned_and_sheared = [
+        [cos - shear_x * sin, sin + shear_x * cos, (0.5 + right) * size[1]],
+        [shear_y * cos - sin, shear_y * sin + cos, (0.5 + down) * size[0]],
+        [0.0, 0.0, 1.0],
+    ]
+    return np.array(turned_and_sheared) @ tilted
 
 
 def _is_upright(matrix: np.ndarray) -> bool:
@@ -192,9 +195,10 @@ def _is_upright(matrix: np.ndarray) -> bool:
 # ---------------------------------------------------------------------------------------------- pixels and boxes
 
 
-def _compose(samples: list[Sample], matrices: list[np.ndarray], size: tuple[int, int]) -> Sample:
+def _compose(samples: list[Sample], matrices: np.ndarray, size: tuple[int, int], out=None) -> Sample:
     """Each picture painted through its matrix into one sample of ``size`` (H, W), and all their boxes with them."""
-    canvas = np.full((*size, samples[0].image.shape[2]), FILL, dtype=np.uint8)
+    canvas = np.empty((*size, samples[0].image.shape[2]), np.uint8) if out is None else out
+    canvas.fill(FILL)
     done = np.stack(
         [
             (_crop_resize if _is_upright(matrix) else _warp)(canvas, sample.image, matrix)
@@ -222,13 +226,12 @@ def _crop_resize(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> n
 
     Both the place and the cut are rounded to whole pixels, and the matrix that this makes is what the boxes get.
     """
-    places = []
-    for axis in (0, 1):
+    places, ((scale_x, _, start_x), (_, scale_y, start_y), _) = [], matrix.tolist()
+    for axis, scale, start in ((0, scale_x, start_x), (1, scale_y, start_y)):
         canvas_side, side = canvas.shape[1 - axis], image.shape[1 - axis]
-        scale, start = float(matrix[axis, axis]), float(matrix[axis, 2])
         end = start + scale * side
-        first, last = (min(max(round(edge), 0), canvas_side) for edge in (start, end))
-        if first == last:  # out of sight: the boxes are, too
+        first, last = max(round(start), 0), min(round(end), canvas_side)
+        if first >= last:  # out of sight: the boxes are, too
             return matrix
         low = min(round((first - start) / scale), side - 1) if first > start else 0
         high = max(round((last - start) / scale), low + 1) if last < end else side
@@ -269,7 +272,7 @@ def _warp(canvas: np.ndarray, image: np.ndarray, matrix: np.ndarray) -> np.ndarr
 
 def _project(boxes: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Corners [n, 4, 2] of boxes [n, 4] through a matrix (each), and their depth [n, 4] (1 without perspective)."""
-    return _through(np.stack([boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]]], axis=2), matrix)
+    return _through(boxes[:, CORNERS].reshape(-1, 4, 2), matrix)
 
 
 def _through(points: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -287,11 +290,12 @@ def _move_boxes(boxes, ignore, matrices, size) -> tuple[np.ndarray, np.ndarray]:
     cut: visible is always a share of the whole object. An ignore region remains while anything of it is inside.
     """
     corners, depth = _project(boxes.astype(np.float64), matrices)
-    hull = np.concatenate([corners.min(1), corners.max(1)], axis=1).reshape(-1, 4)
-    clipped = np.clip(hull, 0, [size[1], size[0], size[1], size[0]])
-    whole, sides = hull[:, 2:] - hull[:, :2], clipped[:, 2:] - clipped[:, :2]
-    visible = sides.prod(1) >= MIN_VISIBLE * whole.prod(1)
-    aspect = sides.max(1) / np.maximum(sides.min(1), 1e-6)
-    object_kept = visible & (sides.min(1) >= MIN_SIDE) & (aspect < MAX_ASPECT)
-    kept = np.where(ignore, sides.min(1) > 0, object_kept) & (depth > 0).all(1)
-    return clipped.astype(np.float32), kept
+    low, high = corners.min(1), corners.max(1)
+    inside = np.array([size[1], size[0]])
+    low_inside, high_inside = (np.minimum(np.maximum(ends, 0), inside) for ends in (low, high))
+    (width, height), (whole_width, whole_height) = (high_inside - low_inside).T, (high - low).T
+    shorter = np.minimum(width, height)
+    visible = width * height >= MIN_VISIBLE * whole_width * whole_height
+    object_kept = visible & (shorter >= MIN_SIDE) & (np.maximum(width, height) < MAX_ASPECT * shorter)
+    kept = np.where(ignore, shorter > 0, object_kept) & (depth > 0).all(1)
+    return np.concatenate([low_inside, high_inside], axis=1, dtype=np.float32), kept

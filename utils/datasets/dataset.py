@@ -58,6 +58,7 @@ class DetectionDataset(Dataset):
         self.channels, self.augment, self.seed, self.cache, self.stretch = channels, augment, seed, cache, stretch
         self.limits, self.quarantine = limits, Quarantine(len(records), seed=seed, max_bad=limits.max_bad)
         self._recent = RecentImages(NEIGHBOURS)
+        self._canvas = np.empty(0, np.uint8)  # one for all samples: what was written last is still at hand
         self.open_epochs = np.inf if epochs is None or augment is None else epochs - augment.close_mosaic
         self.sizes = np.array([record.size for record in records], dtype=np.int64).reshape(-1, 2)
         self._paths = np.array([os.fsencode(record.path) for record in records], dtype=np.bytes_)
@@ -73,18 +74,24 @@ class DetectionDataset(Dataset):
         return len(self.sizes)
 
     def __getitem__(self, draw: Draw) -> Sample | None:
+        return self.make(draw, np.empty((*draw.size, self.channels), np.uint8))
+
+    def make(self, draw: Draw, out: np.ndarray) -> Sample | None:
+        """``dataset[draw]`` with its pixels in ``out``, uint8 [H, W, C]: its place in a batch."""
         if self.augment is None:
             try:
-                return self._plain(draw)
+                return self._plain(draw, out)
             except ImageError as error:
                 self.quarantine.add(draw.index, error)
                 return None
+        if self._canvas.shape != out.shape:
+            self._canvas = np.empty_like(out)
         rng = generator(self.seed, SAMPLE, draw.epoch, draw.position)
-        sample = self._view(draw, draw.index, rng)
+        sample = self._view(draw, draw.index, rng, self._canvas)
         if draw.epoch < self.open_epochs and rng.random() < self.augment.mixup:
             (other,) = _partners(draw, draw.index, 1, rng)
-            sample = mixup(sample, self._view(draw, other, rng), rng)
-        return flip(hsv(sample, self.augment, rng), self.augment, rng)
+            sample = mixup(sample, self._view(draw, other, rng, np.empty_like(out)), rng, self._canvas)
+        return flip(hsv(sample, self.augment, rng, out), self.augment, rng, out)
 
     def path(self, index: int) -> str:
         """The file of a picture."""
@@ -117,23 +124,23 @@ class DetectionDataset(Dataset):
         labels, ignore = self._labels[rows], self._ignore[rows]
         return Sample(image=image, boxes=boxes, labels=labels, ignore=ignore, info=info, outlines=outlines)
 
-    def _plain(self, draw: Draw) -> Sample:
+    def _plain(self, draw: Draw, out: np.ndarray) -> Sample:
         sample = self.load(draw.index)
-        image, placed = letterbox(sample.image, draw.size, stretch=self.stretch)
+        image, placed = letterbox(sample.image, draw.size, stretch=self.stretch, out=out)
         reduced = sample.info.letterbox.scale
         whole = Letterbox(scale=(placed.scale[0] * reduced[0], placed.scale[1] * reduced[1]), pad=placed.pad)
         info = ImageInfo(id=draw.index, path=sample.info.path, size=sample.info.size, letterbox=whole)
         outlines = sample.outlines_after(placed.apply)
         return sample.replace(image=image, boxes=placed.apply(sample.boxes), info=info, outlines=outlines)
 
-    def _view(self, draw: Draw, index: int, rng) -> Sample:
+    def _view(self, draw: Draw, index: int, rng, out: np.ndarray) -> Sample:
         """One augmented sample before colour and mirroring: a mosaic around a picture, or the picture alone."""
         max_side = max(draw.size)  # as in a cache, so that a cache changes nothing
         if draw.epoch < self.open_epochs and rng.random() < self.augment.mosaic:
             samples = [self._load_or_replace(number, max_side) for number in (index, *_partners(draw, index, 3, rng))]
-            return mosaic(samples, draw.size, self.augment, rng, stretch=self.stretch)
+            return mosaic(samples, draw.size, self.augment, rng, stretch=self.stretch, out=out)
         sample = self._load_or_replace(index, max_side)
-        return random_perspective(sample, draw.size, self.augment, rng, stretch=self.stretch)
+        return random_perspective(sample, draw.size, self.augment, rng, stretch=self.stretch, out=out)
 
     def _load_or_replace(self, index: int, max_side: int) -> Sample:
         while True:
@@ -156,5 +163,6 @@ class DetectionDataset(Dataset):
 
 def _partners(draw: Draw, index: int, num: int, rng) -> list[int]:
     """Neighbours of a draw other than ``index``, none twice while there are enough; without any, itself."""
-    others = [neighbour for neighbour in draw.neighbours if neighbour != index]
-    return np.resize(rng.permutation(others or [index]), num).tolist()
+    others = [neighbour for neighbour in draw.neighbours if neighbour != index] or [index]
+    order = rng.permutation(len(others)).tolist()
+    return [others[order[row % len(order)]] for row in range(num)]

@@ -67,6 +67,7 @@ MAGIC = (  # first bytes -> format
 )
 HEADER_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, struct.error, DecompressionBombError)  # Pillow's
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
+JPEG_COLOUR = getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR)  # red first; before OpenCV 4.11 blue first, as all
 IMAGE_WIDTH, IMAGE_LENGTH, ORIENTATION = 0x0100, 0x0101, 0x0112  # TIFF tags; EXIF has the last one
 UNDEFINED_MODES = {"F": "32-bit float", "I": "32-bit integer"}  # Pillow's mode -> in words
 # one row per EXIF orientation: swap the axes first?, then flip rows?, then columns?
@@ -156,6 +157,8 @@ def decode_image(data: bytes, channels: int = 3, *, where: object = "<bytes>", l
     if header.format == "GIF":  # OpenCV reads GIF only since 4.11
         return _orient(_decode_gif(data, channels, where), header.orientation)
     flag = cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE
+    if flag == cv2.IMREAD_COLOR and header.format == "JPEG":
+        flag = JPEG_COLOUR
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
@@ -166,7 +169,7 @@ def decode_image(data: bytes, channels: int = 3, *, where: object = "<bytes>", l
         pixels = (pixels >> 8).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise ImageError(where, f"pixels of type {pixels.dtype}, expected 8 or 16 bits", "save it as 8-bit")
-    if channels == 3:
+    if flag == cv2.IMREAD_COLOR:
         cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
     # OpenCV turns a TIFF upright whatever it is told
     return _orient(pixels.reshape(*pixels.shape[:2], channels), 1 if header.format == "TIFF" else header.orientation)
@@ -188,7 +191,7 @@ def _with_file(path: str | Path, look: Callable[[BinaryIO], T], limits: Limits) 
 def _open(path: str | Path, limits: Limits) -> BinaryIO:
     """Open a regular file; a pipe or a device would block or never end."""
     try:
-        state = Path(path).stat()
+        state = os.stat(path)  # noqa: PTH116  (a Path costs as much as to open the file)
     except ValueError as error:  # a NUL in the name
         raise ImageError(repr(path), str(error)) from error
     if not stat.S_ISREG(state.st_mode):
@@ -196,7 +199,7 @@ def _open(path: str | Path, limits: Limits) -> BinaryIO:
     most = FREE_BYTES + BYTES_PER_PIXEL * limits.max_pixels
     if state.st_size > most:
         raise ImageError(path, f"too large: {state.st_size} bytes, a picture within the limits has at most {most}")
-    return Path(path).open("rb")
+    return open(path, "rb")  # noqa: PTH123
 
 
 def _read_header(file: BinaryIO, where: object, limits: Limits) -> tuple[Header, ImageFile]:

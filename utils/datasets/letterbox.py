@@ -33,12 +33,16 @@ def fit(image_size, size, *, upscale: bool = True, stretch: bool = False) -> tup
 def resize(image: np.ndarray, out: np.ndarray) -> None:
     """Resize ``image`` [h, w, C] into ``out`` [h', w', C], which may be a part of a larger array. uint8.
 
-    Bilinear; below half size by area, because bilinear reads four pixels of a footprint that is then larger than four
-    and leaves the others out, which turns fine texture into noise. Reading them all costs far less than decoding did.
+    Bilinear. Where that would be to less than half, pictures are halved first, as often as it takes: bilinear reads
+    four pixels, of a footprint that is then larger than four, and would turn fine texture into noise. All pixels are
+    read, as by area (``cv2.INTER_AREA``), at an eighth of its price.
     """
-    shrink = min(out.shape[0] / image.shape[0], out.shape[1] / image.shape[1])
-    interpolation = cv2.INTER_AREA if shrink < 0.5 else cv2.INTER_LINEAR
-    cv2.resize(image, (out.shape[1], out.shape[0]), dst=out, interpolation=interpolation)
+    (height, width), (new_height, new_width) = image.shape[:2], out.shape[:2]
+    while height > 2 * new_height or width > 2 * new_width:
+        height = -(-height // 2) if height > 2 * new_height else height
+        width = -(-width // 2) if width > 2 * new_width else width
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    cv2.resize(image, (new_width, new_height), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def reduced_to(image: np.ndarray, max_side: int) -> np.ndarray:
@@ -52,15 +56,16 @@ def reduced_to(image: np.ndarray, max_side: int) -> np.ndarray:
 
 
 def letterbox(
-    image: np.ndarray, size: tuple[int, int], *, upscale: bool = True, fill: int = FILL, stretch: bool = False
+    image: np.ndarray, size: tuple[int, int], *, upscale: bool = True, fill: int = FILL, stretch: bool = False, out=None
 ) -> tuple[np.ndarray, Letterbox]:
     """Resize a picture [h, w, C] onto a canvas [H, W, C] of ``size`` (H, W), uint8, one resize straight into place.
 
     Returns the canvas and the Letterbox that takes boxes there and back. Pictures smaller than the canvas are enlarged
-    unless ``upscale`` is off.
+    unless ``upscale`` is off. ``out``: memory for the canvas.
     """
     (height, width), placed = fit(image.shape, size, upscale=upscale, stretch=stretch)
     left, top = int(placed.pad[0]), int(placed.pad[1])
-    canvas = np.full((*size, image.shape[2]), fill, dtype=np.uint8)
+    canvas = np.empty((*size, image.shape[2]), np.uint8) if out is None else out
+    canvas.fill(fill)
     resize(image, canvas[top : top + height, left : left + width])
     return canvas, placed

@@ -4,7 +4,8 @@ A sampler hands out ``Draw``s: everything that a sample depends on. So a sample 
 however far ahead, and a run that resumes in the middle of an epoch continues with exactly the batches that were left.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +83,12 @@ class TrainSampler(Sampler):
         self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
         self.image_sizes = None if image_sizes is None else np.asarray(image_sizes)
         self.epoch, self.start = 0, 0
+
+    @property
+    def largest_batch(self) -> int:
+        """Pixels of the largest batch that can come; a side may be rounded up to the stride, twice."""
+        height, width = (math.ceil(side * self.multi_scale[1]) + 2 * self.stride for side in self.size)
+        return self.batch_size * height * width
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The epoch that comes next, and its first batch to hand out (resume within an epoch)."""
@@ -166,6 +173,11 @@ class EvalSampler(Sampler):
                 [Draw(0, first + row, index, batch_shape) for row, index in enumerate(indices.tolist())]
             )
 
+    @property
+    def largest_batch(self) -> int:
+        """Pixels of the largest batch."""
+        return max((len(batch) * batch[0].size[0] * batch[0].size[1] for batch in self.batches), default=0)
+
     def __len__(self) -> int:
         return len(self.batches)
 
@@ -195,9 +207,28 @@ def balance_weights(records, num_classes: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- batches
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of one size -> Batch. Pixels are copied once; as channels-last memory they are already [B, C, H, W]."""
-    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+def make_batch(dataset, draws: Sequence[Draw], allocate: Callable = np.empty) -> Batch | None:
+    """The samples of some draws of one size, each made in its place of the batch: ``dataset.make(draw, out)``.
+
+    Pictures that an evaluation goes without are left out; None where nothing is left. ``allocate(shape, dtype)`` says
+    where the pictures lie.
+    """
+    images = allocate((len(draws), *draws[0].size, dataset.channels), np.uint8)
+    samples = []
+    for draw in draws:
+        sample = dataset.make(draw, images[len(samples)])
+        if sample is not None:
+            samples.append(sample)
+    return collate(samples, images[: len(samples)]) if samples else None
+
+
+def collate(samples: Sequence[Sample], images: np.ndarray | None = None) -> Batch:
+    """Samples of one size -> Batch. As channels-last memory pixels are already [B, C, H, W].
+
+    ``images``: uint8 [B, H, W, C] where the samples' pictures lie side by side; copied there without.
+    """
+    images = np.stack([sample.image for sample in samples]) if images is None else images
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
     number = np.repeat(np.arange(len(samples)), [len(sample.labels) for sample in samples])
     boxes, labels, ignore = (
         np.concatenate([getattr(sample, name) for sample in samples]) for name in ("boxes", "labels", "ignore")
@@ -218,5 +249,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def build_loader(dataset, sampler: Sampler, *, workers: int = 0, pin_memory: bool = False) -> Loader:
-    """Loader of ``Batch`` over ``dataset[draw]`` for the draws of a batch sampler."""
-    return Loader(dataset, sampler, collate, workers=workers, pin_memory=pin_memory)
+    """Loader of ``Batch`` over the draws of a batch sampler."""
+    batch_bytes = sampler.largest_batch * dataset.channels
+    return Loader(dataset, sampler, make_batch, workers=workers, pin_memory=pin_memory, batch_bytes=batch_bytes)

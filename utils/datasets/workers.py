@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from utils.datasets.ring import Ring
 from utils.errors import ResourceError, UserError
 from utils.failpoints import failpoint
 
@@ -33,6 +34,7 @@ except ImportError:  # Windows, which has no limit of this kind
 
 T, U = TypeVar("T"), TypeVar("U")
 PREFETCH = 4  # batches that a process makes ahead
+SLOTS = PREFETCH + 4  # batches of a process on their way and in use, before they travel by torch's shared memory
 POLL = 5.0  # seconds between two looks at whether the processes live
 PATIENCE = 300.0  # seconds without a batch, after which a process is said to hang
 DIED, TIMED_OUT, INSIDE = "DataLoader worker (pid", "DataLoader timed out", "Caught "  # how torch's errors begin
@@ -46,22 +48,33 @@ class LostWorkerError(Exception):
 
 
 class Loader:
-    """Batches of ``dataset`` for the draws of a batch sampler, ``len`` and iteration as of a DataLoader.
+    """``make_batch(dataset, draws, allocate)`` for the draws of a batch sampler; ``len`` and iteration as a DataLoader.
 
     Processes live as long as the loader: an epoch reaches them in its draws. Set the sampler's epoch before iterating.
-    They are forked where the system can, so that they share the data set's arrays and cache. A UserError in one is
-    raised here as itself.
+    They are forked where the system can, so that they share the data set's arrays and cache, and write their batches,
+    of up to ``batch_bytes``, into memory that is shared, too (``Ring``). A UserError in one is raised here as itself.
+    A batch that is None is left out.
 
     Raises:
         ResourceError: while iterating: a process died or hung for the second time; names the files that were read.
     """
 
-    def __init__(self, dataset, batch_sampler: Sampler, collate: Callable, *, workers: int, pin_memory: bool):
-        self.dataset, self.batch_sampler, self.collate = dataset, batch_sampler, collate
-        self.workers, self.pin_memory = workers, pin_memory
+    def __init__(
+        self,
+        dataset,
+        batch_sampler: Sampler,
+        make_batch: Callable,
+        *,
+        workers: int,
+        pin_memory: bool,
+        batch_bytes: int = 0,
+    ):
+        self.dataset, self.batch_sampler, self.make_batch = dataset, batch_sampler, make_batch
+        self.workers, self.pin_memory, self.batch_bytes = workers, pin_memory, batch_bytes
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         self.context = multiprocessing.get_context(method)
         self.loader: DataLoader | None = None
+        self.ring: Ring | None = None
         self.doing = self.context.Array("q", workers, lock=False)  # 1 + the record that each is reading, or 0
         self.pids = self.context.Array("q", workers, lock=False)
 
@@ -79,8 +92,9 @@ class Loader:
                             raise batch
                         finally:
                             del batch  # its traceback would hold this frame, and the processes would live with it
-                    if batch != []:
+                    if batch is not None:
                         yield batch
+                        del batch  # else its memory would be in use while the next one is waited for
                     done += 1
                 return
             except LostWorkerError as error:
@@ -120,11 +134,14 @@ class Loader:
         if self.workers:
             options = {"persistent_workers": True, "prefetch_factor": PREFETCH, "multiprocessing_context": self.context}
             options |= {"timeout": POLL, "worker_init_fn": functools.partial(_start_worker, self.pids)}
+        self.ring = None  # of lost processes: what they had taken stays taken
+        if self.workers and self.batch_bytes and self.context.get_start_method() == "fork":
+            self.ring = Ring(self.workers, SLOTS, self.batch_bytes)
         return DataLoader(
-            _Carrier(self.dataset, self.doing),
+            _Carrier(self.dataset, self.make_batch, self.doing, self.ring),
             batch_sampler=draws,
             num_workers=self.workers,
-            collate_fn=functools.partial(_collate_or_carry, self.collate),
+            collate_fn=_as_it_is,
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(0),  # else the loader would draw from the run's own stream
             **options,
@@ -194,33 +211,36 @@ def _start_worker(pids, worker: int) -> None:
 class _Carrier(Dataset):
     """Notes what it reads, and lets a UserError travel as a value: torch rebuilds exceptions from their text alone."""
 
-    def __init__(self, dataset, doing):
-        self.dataset, self.doing = dataset, doing
+    def __init__(self, dataset, make_batch: Callable, doing, ring: Ring | None):
+        self.dataset, self.make_batch, self.doing, self.ring = dataset, make_batch, doing, ring
+        self.channels = getattr(dataset, "channels", None)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, draws: list) -> list | UserError:
+    def __getitems__(self, draws: list):
         failpoint("loader")
         try:
-            return [sample for draw in draws if (sample := self._sample(draw)) is not None]
+            if self.ring is None:
+                return self.make_batch(self, draws, np.empty)
+            return self.ring.make(get_worker_info().id, functools.partial(self.make_batch, self, draws))
         except UserError as error:
             return error
 
-    def _sample(self, draw):
+    def make(self, draw, out: np.ndarray):
         worker = get_worker_info()
         if worker is None:
-            return self.dataset[draw]
+            return self.dataset.make(draw, out)
         self.doing[worker.id] = 1 + draw.index
         try:
-            return self.dataset[draw]
+            return self.dataset.make(draw, out)
         finally:
             self.doing[worker.id] = 0
 
 
-def _collate_or_carry(collate: Callable, samples: list | UserError):
-    """A batch; an error, or the empty list where none of the pictures of an evaluation can be read, as they are."""
-    return samples if isinstance(samples, UserError) or not samples else collate(samples)
+def _as_it_is(batch: object) -> object:
+    """What torch does with what was made."""
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------- before they start

@@ -209,6 +209,29 @@ def test_empty_pictures():
         assert result.boxes.shape == (0, 4) and result.boxes.dtype == np.float32
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [UPRIGHT, TURNED, dataclasses.replace(UPRIGHT, hsv_h=0.02, hsv_s=0.5, hsv_v=0.4)])
+def test_pixels_go_where_they_are_wanted_and_are_the_same(augment, channels):
+    augment, size = dataclasses.replace(augment, fliplr=0.5, flipud=0.5), (96, 128)
+    for seed in range(12):
+        samples = [painted((80, 120), (10, 10, 60, 60), label, channels) for label in range(4)]
+
+        def whole(rng, paint, colour, mirror, samples=samples):
+            sample = mosaic(samples, size, augment, rng, out=paint)
+            other = random_perspective(samples[1], size, augment, rng)
+            sample = mixup(sample, other, rng, out=paint)
+            return flip(hsv(sample, augment, rng, colour), augment, rng, mirror)
+
+        rng = np.random.default_rng
+        paint, out = np.empty((2, *size, channels), np.uint8)
+        expected = whole(rng(seed), None, None, None)
+        for memory in ((paint, out, out), (out, out, out)):
+            sample = whole(rng(seed), *memory)
+            assert np.shares_memory(sample.image, out) and sample.image.shape == out.shape
+            np.testing.assert_array_equal(out, expected.image)
+            np.testing.assert_array_equal(sample.boxes, expected.boxes)
+
+
 HSV = Augment(hsv_h=0.05, hsv_s=0.4, hsv_v=0.3)
 
 

@@ -63,6 +63,18 @@ def test_a_sample_depends_on_seed_epoch_and_position_only(records):
     assert not any(np.array_equal(first.image, sample.image) for sample in changed)
 
 
+@pytest.mark.parametrize("augment", [None, EVERYTHING, Augment(), Augment(fliplr=1)])
+def test_a_sample_is_made_in_its_place_of_a_batch(records, augment):
+    dataset, images = DetectionDataset(records, augment=augment), np.zeros((6, 64, 96, 3), np.uint8)
+    for row in range(6):
+        draw = Draw(0, row, row, (64, 96), tuple(range(8)))
+        sample = dataset.make(draw, images[row])
+        assert np.shares_memory(sample.image, images[row])
+        assert_equal(sample, dataset[draw])
+    for row in range(6):  # and nothing is painted there later
+        np.testing.assert_array_equal(images[row], dataset[Draw(0, row, row, (64, 96), tuple(range(8)))].image)
+
+
 def test_the_last_epochs_go_without_mosaic_and_mixup(records):
     augment = Augment(mosaic=1, mixup=1, close_mosaic=2)
     dataset = DetectionDataset(records, augment=augment, epochs=10)

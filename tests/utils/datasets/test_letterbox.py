@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.datasets.letterbox import FILL, fit, letterbox
+from utils.datasets.letterbox import FILL, fit, letterbox, resize
 
 
 @pytest.mark.parametrize("stretch", [False, True])
@@ -80,3 +80,17 @@ def test_fine_texture_does_not_alias():
     checker = (np.indices((1000, 1000)).sum(0) % 2 * 255).astype(np.uint8)[..., None]
     canvas, _ = letterbox(checker, (96, 96))
     assert canvas.std() < 8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("new_size", [(240, 320), (97, 400), (60, 33), (20, 27), (1, 1)])
+def test_small_pictures_show_all_pixels_as_by_area(new_size, channels):
+    rng = np.random.default_rng(4)
+    image = np.repeat(np.repeat(rng.integers(0, 256, (120, 161, channels), np.uint8), 4, axis=0), 4, axis=1)[:, :641]
+    small = np.zeros((*new_size, channels), np.uint8)
+    resize(image, small)
+    exact = cv2.resize(image, new_size[::-1], interpolation=cv2.INTER_AREA).reshape(small.shape)
+    linear = cv2.resize(image, new_size[::-1], interpolation=cv2.INTER_LINEAR).reshape(small.shape)
+    ours, theirs = (abs(picture.astype(float) - exact).mean() for picture in (small, linear))
+    assert ours < 16 and (ours < theirs / 1.5 or min(new_size) > 90)
+    assert abs(small.mean() - image.mean()) < 2
