@@ -6,7 +6,6 @@ larger number of epochs may change.
 
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from utils.checkpoint import SUFFIX
 from utils.errors import UserError
 from utils.files import write_text
 from utils.logger import without_nan
-from utils.run import WEIGHTS, find_run
+from utils.run import WEIGHTS, find_run, numbered_runs
 from utils.store import Found
 
 AUTO = "auto"  # --resume auto: continue the newest run of this name, or begin
@@ -31,29 +30,23 @@ MAY_CHANGE = {
 def find_resumed(project: str, name: str, resume: str | None) -> Found | None:
     """The checkpoint that ``--resume`` asks for; None for a new run.
 
-    Processes that torchrun started again continue what they began, as ``--resume auto``.
+    Processes that torchrun started again continue what they began: the newest run of this name, if it has a checkpoint.
+    Where it has none, they begin once more; an older run of the name is another one.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        resume = AUTO
-    if resume == AUTO:
-        resume = _newest(Path(project), name)
+    restarted = resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if resume == AUTO or restarted:
+        runs = list(numbered_runs(Path(project), name).values())
+        runs = [run for run in (runs[-1:] if restarted else runs) if any((run / WEIGHTS).glob(f"*{SUFFIX}"))]
+        resume = str(runs[-1]) if runs else None
     if resume is None:
         return None
     found = find_run(project, resume)
     for error in found.passed_over:
         print(f"warning: passed over {error}", file=sys.stderr)
     return found
-
-
-def _newest(project: Path, name: str) -> str | None:
-    """Of the runs ``name``, ``name2``, ... the last one with a checkpoint."""
-    numbered = re.compile(rf"{re.escape(name)}(\d*)")
-    folders = {file.parents[1] for file in project.glob(f"{name}*/{WEIGHTS}/*{SUFFIX}")}
-    numbers = {int(found[1] or 1): folder for folder in folders if (found := numbered.fullmatch(folder.name))}
-    return str(numbers[max(numbers)]) if numbers else None
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import random
+import re
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -28,16 +29,18 @@ LOCK = "run.lock"  # says which process writes into a run
 def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
     """A new folder ``project/name``, ``project/name2``, ... owned by no other run, even one started at the same time.
 
-    ``exist_ok`` takes ``project/name`` as it is; nothing in it is removed.
+    A newer run has a larger number, also where older ones were removed. ``exist_ok`` takes ``project/name`` as it is;
+    nothing in it is removed.
 
     Raises:
         ResourceError: the project folder cannot be written.
     """
-    project, number = Path(project), 1
+    project = Path(project)
     if Path(name).name != name or name in ("", ".."):
         raise UserError(f"--name {name}", "expected a plain folder name", "use --project for the folder it goes to")
     try:
         project.mkdir(parents=True, exist_ok=True)
+        number = 1 if exist_ok else 1 + max(numbered_runs(project, name), default=0)
         while True:
             folder = project / (name if number == 1 else f"{name}{number}")
             try:
@@ -49,6 +52,14 @@ def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
                 number += 1
     except OSError as error:
         raise ResourceError(project / name, f"cannot make the run folder: {error.strerror}", "see --project") from error
+
+
+def numbered_runs(project: Path, name: str) -> dict[int, Path]:
+    """The folders ``name``, ``name2``, ... of a project by their numbers, the oldest first."""
+    pattern = re.compile(rf"{re.escape(name)}([2-9]|[1-9]\d+)?")
+    folders = project.iterdir() if project.is_dir() else ()
+    found = {int(match[1] or 1): folder for folder in folders if (match := pattern.fullmatch(folder.name))}
+    return dict(sorted(found.items()))
 
 
 def shared_new_run(project: str | Path, name: str, exist_ok: bool) -> Path:

@@ -253,6 +253,21 @@ def test_what_torchrun_starts_again_continues(runs):
     assert not differences(state(run), runs.undisturbed())
 
 
+def test_what_torchrun_starts_again_is_no_older_run(tmp_path, stopped, monkeypatch):
+    """Killed before its first save, a run has nothing to continue; last week's of the same name is another one."""
+    shutil.copytree(stopped, tmp_path / "exp")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_resumed(str(tmp_path), "exp", None).path.parents[1].name == "exp"
+    (tmp_path / "exp2" / "weights").mkdir(parents=True)
+    assert find_resumed(str(tmp_path), "exp", None) is None
+    assert find_resumed(str(tmp_path), "exp", "auto").path.parents[1].name == "exp"
+
+
+def test_auto_finds_a_name_with_brackets(tmp_path, stopped):
+    shutil.copytree(stopped, tmp_path / "yolo[416]*")
+    assert find_resumed(str(tmp_path), "yolo[416]*", "auto").path.parents[1].name == "yolo[416]*"
+
+
 def test_auto_takes_the_newest_by_number(tmp_path, stopped):
     """Not by a clock (T27), and not a run whose name only begins alike."""
     for name in ("exp", "exp2", "exp10", "exp10b", "expert"):

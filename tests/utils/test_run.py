@@ -18,6 +18,13 @@ def test_runs_are_numbered_and_nothing_is_removed(tmp_path):
     assert (first / "thesis.txt").read_text() == "mine"
 
 
+def test_a_newer_run_has_a_larger_number(tmp_path):
+    """Else ``--resume auto``, which takes the largest, would continue an older one."""
+    for name in ("exp", "exp3", "exp1", "exp02", "expert", "exp3b"):
+        (tmp_path / name).mkdir()
+    assert new_run(tmp_path, "exp").name == "exp4" and new_run(tmp_path, "exp[3]").name == "exp[3]"
+
+
 def test_runs_that_start_together_get_different_folders(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: new_run(tmp_path, "exp"), range(24)))
