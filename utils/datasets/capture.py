@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import cv2
 import numpy as np
 
+from utils.datasets.formats.pictures import kind
 from utils.errors import UserError
 
 SILENT = 0  # OpenCV's log level
@@ -69,13 +70,13 @@ def open_capture(address: str | int, name: str) -> cv2.VideoCapture:
     """
     if isinstance(address, str) and "://" in address:
         timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT]
-        capture, kind = cv2.VideoCapture(address, cv2.CAP_FFMPEG, timeouts), "stream"
-    elif isinstance(address, str) and not Path(address).is_file():
+        capture, what = cv2.VideoCapture(address, cv2.CAP_FFMPEG, timeouts), "stream"
+    elif isinstance(address, str) and kind(Path(address)) != "file":
         raise UserError(name, "no such file")
     else:
-        capture, kind = cv2.VideoCapture(address), "camera" if isinstance(address, int) else "video"
+        capture, what = cv2.VideoCapture(address), "camera" if isinstance(address, int) else "video"
     if not capture.isOpened():
-        raise UserError(name, f"the {kind} does not open", "is it there, readable, and in a format OpenCV decodes?")
+        raise UserError(name, f"the {what} does not open", "is it there, readable, and in a format OpenCV decodes?")
     return capture
 
 

@@ -5,6 +5,7 @@ A picture that cannot be read never stops the others: it is counted in ``Source.
 
 import glob
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 import cv2
 
 from utils.datasets.capture import Frame, frame_rate, open_capture, quiet_opencv, to_channels, without_password
-from utils.datasets.formats.pictures import read_lines
+from utils.datasets.formats.pictures import kind, read_lines
 from utils.datasets.images import IMAGE_SUFFIXES, read_image
 from utils.datasets.limits import LIMITS, Limits
 from utils.datasets.streams import RETRIES, Streams, is_live
@@ -111,9 +112,14 @@ def _is_recording(text: str) -> bool:
     )
 
 
+def _as_path(text: str) -> Path:
+    """A path as typed, ``~`` looked up. (pathlib's own raises where there is no such user.)"""
+    return Path(os.path.expanduser(text))  # noqa: PTH111
+
+
 def _listed(path: Path) -> list[str]:
     """The lines of a list; none for what is no list."""
-    if path.suffix.lower() not in LIST_SUFFIXES or not path.is_file():
+    if path.suffix.lower() not in LIST_SUFFIXES or kind(path) != "file":
         return []
     lines = [line for line, _ in read_lines(path) if not line.startswith("#")]
     if not lines:
@@ -123,7 +129,7 @@ def _listed(path: Path) -> list[str]:
 
 def _listed_addresses(text: str) -> list[str]:
     """The cameras and streams of a list; none for anything else."""
-    lines = _listed(Path(text).expanduser())
+    lines = _listed(_as_path(text))
     files = [line for line in lines if not is_live(line)]
     if files and len(files) < len(lines):
         raise UserError(text, f"names streams and files ('{files[0]}')", "a list for each")
@@ -132,12 +138,16 @@ def _listed_addresses(text: str) -> list[str]:
 
 def _paths(text: str) -> list[Path]:
     """Files named by a path, a folder, a glob or a list, in sorted order (a list: in its own order)."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return _usable(path.iterdir(), path, f"no picture or video in this folder; '{path}/**/*' looks below it, too")
+    path = _as_path(text)
+    if kind(path) == "folder":
+        try:
+            files = list(path.iterdir())
+        except OSError as error:
+            raise UserError(path, f"the folder cannot be read: {error.strerror}", "may you read it?") from error
+        return _usable(files, path, f"no picture or video in this folder; '{path}/**/*' looks below it, too")
     if listed := _listed(path):
         return [path.parent / line for line in listed]
-    if path.exists():
+    if kind(path):
         return [path]
     # pathlib has no glob for absolute patterns
     found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207
@@ -149,7 +159,7 @@ def _paths(text: str) -> list[Path]:
 def _usable(files, where: object, message: str) -> list[Path]:
     """Those of ``files`` that are pictures or videos by their names, sorted."""
     known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    usable = sorted(file for file in files if file.suffix.lower() in known and file.is_file())
+    usable = sorted(file for file in files if file.suffix.lower() in known and kind(file) == "file")
     if not usable:
         raise UserError(where, message, f"looked for {' '.join(sorted(known))}")
     return usable

@@ -105,6 +105,9 @@ def test_unreadable_files_among_others_are_counted(folder):
         ("zero.mp4", "the video does not open"),
         ("zero.png", "an empty file"),
         ("none.streams", "no such file, folder or pattern"),
+        ("~nobody at all/x.jpg", "no such file, folder or pattern"),
+        ("x" * 300 + ".jpg", "no such file, folder or pattern"),
+        ("long.txt", r"none of 2 files can be read \(first: .*too long"),
         ("98", "^camera 98: the camera does not open"),
         ("http://127.0.0.1:1/x.mjpg", "^http://127.0.0.1:1/x.mjpg: the stream does not open"),
         ("http://127.0.0.1:1/x.mp4", "^http://127.0.0.1:1/x.mp4: the stream does not open"),
@@ -115,10 +118,20 @@ def test_what_cannot_be_opened_is_said_at_once(folder, text, message):
     (folder / "empty.txt").write_text("# nothing\n")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00a")
     (folder / "gone.txt").write_text("x.jpg\ny.mp4\n")
+    (folder / "long.txt").write_text(f"{'x' * 300}.jpg\n{'x' * 300}.mp4\n")
     (folder / "zero.mp4").touch()
     (folder / "zero.png").touch()
     with pytest.raises(UserError, match=message):
         open_source(text, retries=0)
+
+
+def test_a_folder_that_may_not_be_read(folder, monkeypatch):
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match="the folder cannot be read: Permission denied"):
+        open_source(".")
 
 
 @pytest.mark.parametrize(
