@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"Compared with {export.runtime} on {where}\n{table(found)}")
     refuse_differences(wish, found)
     meta = describe(wish, export, args.format, stretch)
-    meta |= {"parity": {"with": export.runtime, "on": where, "batches": [parity.as_dict() for parity in found]}}
+    measured = [parity.as_dict() for parity in found]
+    meta |= {"parity": {"with": export.runtime, "on": Path(where).name, "batches": measured}}
     for line in (note_on_suppression(wish), remark):
         if line:
             print(line)

@@ -103,8 +103,22 @@ def to_onnx(wish: Wish):
             verbose=False,
         )
     model = exported.model_proto
+    for part in (*model.graph.node, *model.graph.value_info):
+        del part.metadata_props[:]  # which line of ours made it
     if model.ByteSize() > LARGEST:
         raise UserError(wish.weights, f"{model.ByteSize()} bytes, one ONNX file holds {LARGEST}", "--format torch")
+    return with_kernel_shapes(model)
+
+
+def with_kernel_shapes(model):
+    """The same ModelProto; every convolution says its kernel's size, which OpenCV does not take from the kernel."""
+    import onnx
+
+    kernels = {array.name: list(array.dims[2:]) for array in model.graph.initializer}
+    for node in model.graph.node:
+        said = {attribute.name for attribute in node.attribute}
+        if node.op_type == "Conv" and "kernel_shape" not in said and node.input[1] in kernels:
+            node.attribute.append(onnx.helper.make_attribute("kernel_shape", kernels[node.input[1]]))
     return model
 
 

@@ -30,12 +30,15 @@ def exported_program(wish: Wish) -> ExportedProgram:
         shapes = {INPUT: {0: Dim("batch"), 2: stride * Dim("rows"), 3: stride * Dim("columns")}}
     try:
         with torch.no_grad():
-            return torch.export.export(Portable(wish).eval(), (example(wish),), dynamic_shapes=shapes)
+            program = torch.export.export(Portable(wish).eval(), (example(wish),), dynamic_shapes=shapes)
     except torch._dynamo.exc.UserError as error:
         if not wish.dynamic:
             raise
         first = str(error).strip().splitlines()[0]
         raise UserError("--dynamic", f"this network has a fixed size: {first}", "leave it out") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with the folders of this machine
+    return program
 
 
 class TorchExport(Export):
