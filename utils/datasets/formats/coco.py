@@ -26,8 +26,8 @@ def read_coco(source: Source, problems: Problems) -> Annotated:
     """
     assert source.annotations is not None
     path = source.annotations
-    data = _load(path)
-    names, labels = _labels(data["categories"], source)
+    data = load(path)
+    names, labels = class_labels(data["categories"], source)
     images = _by_id(data["images"], path, problems)
     if source.masks and not any(annotation.get("segmentation") for annotation in data["annotations"]):
         found = f"none of its {len(data['annotations'])} annotations has a 'segmentation'"
@@ -67,7 +67,8 @@ def read_coco(source: Source, problems: Problems) -> Annotated:
     return Annotated(names, records, category_ids=_category_ids(names, labels))
 
 
-def _load(path: Path) -> dict:
+def load(path: Path) -> dict:
+    """The three lists of a COCO file. Raises UserError where it is none."""
     try:
         data = json.loads(read_bytes(path, "a COCO instances file"), object_pairs_hook=_unique)
     except UserError:
@@ -92,7 +93,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return values
 
 
-def _labels(categories: list[dict], source: Source) -> tuple[tuple[str, ...], dict[int, int]]:
+def class_labels(categories: list[dict], source: Source) -> tuple[tuple[str, ...], dict[int, int]]:
     """Class names, and category id -> label."""
     path = source.annotations
     for category in categories:
@@ -173,7 +174,7 @@ def _rows(annotations: list[dict], images: dict, labels: dict[int, int], path: P
     seen = set()
     for annotation in annotations:
         key, image_id = annotation.get("id"), annotation.get("image_id")
-        reason = _fault(annotation, image_id in rows if _is_id(image_id) or isinstance(image_id, str) else False)
+        reason = fault(annotation, image_id in rows if _is_id(image_id) or isinstance(image_id, str) else False)
         if not reason and key is not None and key in seen:
             reason = "annotation id given twice"
         if reason:
@@ -185,15 +186,21 @@ def _rows(annotations: list[dict], images: dict, labels: dict[int, int], path: P
         if category not in labels:
             hint = f"known ids: {sorted(labels)[:10]}"
             raise UserError(path, f"annotation {key}: category {category} has no name", hint)
-        x, y, w, h = map(float, annotation["bbox"])
-        crowd, area = annotation.get("iscrowd") == 1, annotation.get("area")
-        area = float(area) if _is_finite(area) and area >= 0 else None
-        box, shape = (x, y, x + w, y + h), annotation.get("segmentation")
-        rows[image_id].append(Row(labels[category], box, None, crowd, crowd, area, shape))
+        rows[image_id].append(to_row(annotation, labels))
     return rows, num_bad
 
 
-def _fault(annotation: dict, known: bool) -> str:
+def to_row(annotation: dict, labels: dict[int, int]) -> Row:
+    """An annotation without `fault` as a row."""
+    x, y, w, h = map(float, annotation["bbox"])
+    crowd, area = annotation.get("iscrowd") == 1, annotation.get("area")
+    area = float(area) if _is_finite(area) and area >= 0 else None
+    box, shape = (x, y, x + w, y + h), annotation.get("segmentation")
+    return Row(labels[annotation["category_id"]], box, None, crowd, crowd, area, shape)
+
+
+def fault(annotation: dict, known: bool) -> str:
+    """Why an annotation is none, if so; ``known``: whether its picture is."""
     box = annotation.get("bbox")
     if not known:
         return "annotation of an unknown image"

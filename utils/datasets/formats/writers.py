@@ -38,8 +38,12 @@ class Split(NamedTuple):
     category_ids: tuple[int, ...]
 
 
-def _write(path: Path, text: str) -> None:
-    """A file of a new folder. Not synced, one by one that would take hours: a folder that was cut off is made again."""
+def write_new(path: Path, text: str) -> None:
+    """A file of a new folder. Not synced, one by one that would take hours: a folder that was cut off is made again.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode("utf-8"))
@@ -50,7 +54,7 @@ def _write(path: Path, text: str) -> None:
 def write_yolo(folder: Path, part: Split) -> None:
     """``labels/SPLIT/*.txt``. Holds no ignore regions (left out), areas or ids; of outlines one ring an object."""
     for name, record in part.pictures:
-        _write(folder / "labels" / part.split / f"{Path(name).stem}.txt", "".join(yolo_rows(record)))
+        write_new(folder / "labels" / part.split / f"{Path(name).stem}.txt", "".join(yolo_rows(record)))
 
 
 def yolo_rows(record: Record) -> Iterable[str]:
@@ -104,9 +108,9 @@ def _rings(record: Record, row: int) -> list[np.ndarray]:
 def write_voc(folder: Path, part: Split) -> None:
     """``Annotations/*.xml`` and the list of the split. Ignore regions are ``difficult``; no areas, ids, outlines."""
     for name, record in part.pictures:
-        _write(folder / "Annotations" / f"{Path(name).stem}.xml", _xml(name, record, part.names))
+        write_new(folder / "Annotations" / f"{Path(name).stem}.xml", _xml(name, record, part.names))
     stems = "".join(f"{Path(name).stem}\n" for name, _ in part.pictures)
-    _write(folder / SPLITS / f"{part.split}.txt", stems)
+    write_new(folder / SPLITS / f"{part.split}.txt", stems)
 
 
 def _xml(name: str, record: Record, names: tuple[str, ...]) -> str:
@@ -140,7 +144,7 @@ def write_coco(folder: Path, part: Split) -> None:
             annotations.append(about | _coco_object(record, row, part.category_ids))
     categories = [{"id": key, "name": name} for key, name in zip(part.category_ids, part.names)]
     data = {"images": images, "annotations": annotations, "categories": categories}
-    _write(folder / "annotations" / f"instances_{part.split}.json", json.dumps(data, ensure_ascii=False))
+    write_new(folder / "annotations" / f"instances_{part.split}.json", json.dumps(data, ensure_ascii=False))
 
 
 def picture_ids(records: Sequence[Record]) -> list[int | str]:
@@ -150,17 +154,22 @@ def picture_ids(records: Sequence[Record]) -> list[int | str]:
 
 
 def _coco_object(record: Record, row: int, category_ids: tuple[int, ...]) -> dict:
-    x1, y1, x2, y2 = record.boxes[row]
-    (x, w), (y, h) = _start_and_length(x1, x2), _start_and_length(y1, y2)
     written = {
         "category_id": category_ids[record.labels[row]],
-        "bbox": [x, y, w, h],
+        "bbox": coco_box(record.boxes[row]),
         "area": _number(record.area[row]),
         "iscrowd": int(record.ignore[row]),
     }
     if record.outlines is not None:
         written["segmentation"] = [[_number(edge) for edge in ring.ravel()] for ring in _rings(record, row)]
     return written
+
+
+def coco_box(box: np.ndarray) -> list[float]:
+    """Box float32 xyxy -> ``x y w h`` as COCO writes it."""
+    x1, y1, x2, y2 = box
+    (x, w), (y, h) = _start_and_length(x1, x2), _start_and_length(y1, y2)
+    return [x, y, w, h]
 
 
 def _start_and_length(low: np.float32, high: np.float32) -> tuple[float, float]:
@@ -198,7 +207,7 @@ def coco_yaml(folder: Path, splits: Sequence[str], names: tuple[str, ...]) -> No
 
 def _write_yaml(folder: Path, entries: dict, names: tuple[str, ...]) -> None:
     text = yaml.safe_dump(entries | {"names": list(names)}, sort_keys=False, allow_unicode=True)
-    _write(folder / "data.yaml", text)
+    write_new(folder / "data.yaml", text)
 
 
 def darknet_data(folder: Path, splits: Sequence[str], names: tuple[str, ...]) -> None:
@@ -206,9 +215,9 @@ def darknet_data(folder: Path, splits: Sequence[str], names: tuple[str, ...]) ->
     lists = [f"{'valid' if split == 'val' else split} = {split}.txt\n" for split in splits]
     for split in splits:
         pictures = sorted((folder / "images" / split).iterdir())
-        _write(folder / f"{split}.txt", "".join(f"images/{split}/{picture.name}\n" for picture in pictures))
-    _write(folder / "obj.names", "".join(f"{name}\n" for name in names))
-    _write(folder / "obj.data", f"classes = {len(names)}\n{''.join(lists)}names = obj.names\nbackup = .\n")
+        write_new(folder / f"{split}.txt", "".join(f"images/{split}/{picture.name}\n" for picture in pictures))
+    write_new(folder / "obj.names", "".join(f"{name}\n" for name in names))
+    write_new(folder / "obj.data", f"classes = {len(names)}\n{''.join(lists)}names = obj.names\nbackup = .\n")
 
 
 class Writer(NamedTuple):
