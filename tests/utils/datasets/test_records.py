@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.utils.datasets.sets import GOOD, tree_hash, write, yolo_set
+from tests.utils.datasets.sets import GOOD, OBJECT, tree_hash, voc_set, write, yolo_set
 from utils.datasets.records import FORMATS, read_dataset
-from utils.errors import QuarantineError
+from utils.errors import QuarantineError, UserError
 
 
 def test_bccd_official_splits(data_dir):
@@ -83,6 +83,41 @@ def test_unusable_pictures_are_set_aside(tmp_path):
     (folder / "a.jpg").write_bytes(b"")
     with pytest.raises(QuarantineError, match="all 4 were set aside"):
         read_dataset(path)
+
+
+def make_voc(folder: Path) -> Path:
+    voc_set(folder, {"a": OBJECT.format(5, 20), "b": OBJECT.format(5, 20)})
+    return folder
+
+
+def deny(monkeypatch, function: str, start: str) -> None:
+    """Let ``os.function`` say of every path that starts so what it says where a user may not read it."""
+    real = getattr(os, function)
+
+    def denied(path, *args, **more):
+        if str(path).startswith(start):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(os, function, denied)
+
+
+def test_a_folder_of_pictures_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    path = yolo_set(tmp_path, {"a": GOOD, "deep/b": GOOD})
+    deny(monkeypatch, "scandir", f"{tmp_path}/images/train/deep")
+    with pytest.raises(UserError, match=r"train/deep: the folder cannot be read: Permission denied"):
+        read_dataset(path)
+
+
+@pytest.mark.parametrize("make", [lambda folder: yolo_set(folder, {"a": GOOD, "deep/b": GOOD}), make_voc])
+def test_annotations_that_may_not_be_read_leave_no_background(tmp_path, monkeypatch, make):
+    path = make(tmp_path)
+    for function in ("lstat", "stat"):
+        deny(monkeypatch, function, f"{tmp_path}/labels/train/deep/")
+        deny(monkeypatch, function, f"{tmp_path}/Annotations/b.xml")
+    data = read_dataset(path)
+    assert [Path(record.path).stem for record in data.records] == ["a"] and data.num_unlabelled == 0
+    assert ["picture quarantined" in str(problem) for problem in data.problems] == [True]
 
 
 def test_formats_are_a_table():

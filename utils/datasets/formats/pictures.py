@@ -44,6 +44,17 @@ def kind(path: Path) -> str:
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something, or nobody can say: what may not be looked at is not the same as missing."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def find(text: str, bases: Iterable[Path], where: str, what: str) -> Path:
     """The existing path that ``text`` means under one of ``bases``.
 
@@ -99,10 +110,18 @@ def find_pictures(source: Source, problems: Problems) -> list[Path]:
 
 
 def _scan_folder(folder: Path) -> list[Path]:
-    """Every file with an image suffix under a folder; folder links are not followed, so there are no loops."""
+    """Every file with an image suffix under a folder; folder links are not followed, so there are no loops.
+
+    Raises:
+        UserError: a folder below it cannot be read, whose pictures would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(error.filename, f"the folder cannot be read: {error.strerror}", "may you read it?") from error
+
     return sorted(
         Path(root, name)
-        for root, _, names in os.walk(folder)
+        for root, _, names in os.walk(folder, onerror=refuse)
         for name in names
         if Path(name).suffix.lower() in IMAGE_SUFFIXES
     )

@@ -6,14 +6,13 @@ shifting would be wrong for the many to gain a pixel for the few. ``difficult`` 
 of body parts inside an object (VOC's person layout) are no objects.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
-from utils.datasets.formats.pictures import Source, find, probe_pictures, read_lines
+from utils.datasets.formats.pictures import Source, find, is_there, probe_pictures, read_lines
 from utils.datasets.formats.rows import (
     NUMBER,
     QUARANTINED,
@@ -67,7 +66,7 @@ def read_voc(source: Source, problems: Problems) -> Annotated:
         if picture not in sizes:
             continue
         path = root / "Annotations" / f"{name}.xml"
-        if not os.path.lexists(path):
+        if not is_there(path):
             missing += 1
             records.append(make_record(picture, sizes[picture], [], num_bad=0, source=path, problems=problems))
             continue
@@ -184,25 +183,21 @@ def _read_record(
         found = f"annotated {stated[1]:g} x {stated[0]:g}, found {size[1]} x {size[0]}"
         problems.add(path, None, "picture has another size than its annotation says", found, QUARANTINED)
         return None
-    found = [to_row(written, names, path, problems) for written in parsed.objects]
-    rows = [row for row in found if row is not None]
-    num_bad = len(found) - len(rows)
+    rows, num_bad = [], 0
+    for line, fields in parsed.objects:
+        box = _corners(fields)
+        if box is None or "name" not in fields:
+            written = " ".join(f"{key}={fields.get(key)}" for key in ("name", *CORNERS))
+            problems.add(path, line, "object without name and 4 finite corners", written)
+            num_bad += 1
+        elif fields["name"] not in names:
+            found = f"class '{printable(fields['name'])}' has no place"
+            raise UserError(f"{path}:{line}", found, nearest(fields["name"], names))
+        else:
+            difficult = fields.get("difficult", "0") == "1"
+            rows.append(Row(names.index(fields["name"]), box, line, ignore=difficult))
     rows = drop_duplicates(rows, path, problems)
     return make_record(picture, size, rows, num_bad=num_bad, source=path, problems=problems)
-
-
-def to_row(written: VocObject, names: Sequence[str], path: Path, problems: Problems) -> Row | None:
-    """An object as a row; None, and counted, where it is none. Raises UserError for a class without a place."""
-    line, fields = written
-    box = _corners(fields)
-    if box is None or "name" not in fields:
-        found = " ".join(f"{key}={fields.get(key)}" for key in ("name", *CORNERS))
-        problems.add(path, line, "object without name and 4 finite corners", found)
-        return None
-    if fields["name"] not in names:
-        found = f"class '{printable(fields['name'])}' has no place"
-        raise UserError(f"{path}:{line}", found, nearest(fields["name"], names))
-    return Row(names.index(fields["name"]), box, line, ignore=fields.get("difficult", "0") == "1")
 
 
 def _corners(fields: dict[str, str]) -> tuple[float, float, float, float] | None:

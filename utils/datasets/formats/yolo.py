@@ -5,13 +5,12 @@ counted. A row of an odd number of at least 7 columns is a polygon ``class x1 y1
 and its outline where masks are wanted; in a file that also holds boxes, 7 columns are a box with two values too many.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.datasets.formats.pictures import Source, find, find_pictures, probe_pictures
+from utils.datasets.formats.pictures import Source, find, find_pictures, is_there, probe_pictures
 from utils.datasets.formats.rows import (
     KEPT,
     MAX_ROWS,
@@ -80,7 +79,7 @@ def label_paths(picture: Path) -> Iterator[Path]:
 
 def find_label(picture: Path) -> Path | None:
     """The label file of a picture, None where there is none. One that cannot be opened is one, too."""
-    return next((path for path in label_paths(picture) if os.path.lexists(path)), None)
+    return next((path for path in label_paths(picture) if is_there(path)), None)
 
 
 class LabelReader:
@@ -96,7 +95,7 @@ class LabelReader:
         if label is None:
             return make_record(picture, size, [], num_bad=0, source=picture, problems=self.problems, masks=self.masks)
         try:
-            text = decode_labels(read_annotation(label), label)
+            text = _decode(read_annotation(label), label)
         except UserError as error:
             self.problems.add(label, None, "label file cannot be read", error.message, QUARANTINED)
             return None
@@ -183,7 +182,7 @@ def corners_of(x: float, y: float, w: float, h: float, size: tuple[int, int]) ->
     return (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
 
 
-def decode_labels(data: bytes, path: Path) -> str:
+def _decode(data: bytes, path: Path) -> str:
     """Text with newlines as line ends. UserError names what it is instead."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(path, "UTF-16, expected UTF-8", "save it again")
