@@ -183,21 +183,25 @@ def _read_record(
         found = f"annotated {stated[1]:g} x {stated[0]:g}, found {size[1]} x {size[0]}"
         problems.add(path, None, "picture has another size than its annotation says", found, QUARANTINED)
         return None
-    rows, num_bad = [], 0
-    for line, fields in parsed.objects:
-        box = _corners(fields)
-        if box is None or "name" not in fields:
-            written = " ".join(f"{key}={fields.get(key)}" for key in ("name", *CORNERS))
-            problems.add(path, line, "object without name and 4 finite corners", written)
-            num_bad += 1
-        elif fields["name"] not in names:
-            found = f"class '{printable(fields['name'])}' has no place"
-            raise UserError(f"{path}:{line}", found, nearest(fields["name"], names))
-        else:
-            difficult = fields.get("difficult", "0") == "1"
-            rows.append(Row(names.index(fields["name"]), box, line, ignore=difficult))
+    found = [to_row(written, names, path, problems) for written in parsed.objects]
+    rows = [row for row in found if row is not None]
+    num_bad = len(found) - len(rows)
     rows = drop_duplicates(rows, path, problems)
     return make_record(picture, size, rows, num_bad=num_bad, source=path, problems=problems)
+
+
+def to_row(written: VocObject, names: Sequence[str], path: Path, problems: Problems) -> Row | None:
+    """An object as a row; None, and counted, where it is none. Raises UserError for a class without a place."""
+    line, fields = written
+    box = _corners(fields)
+    if box is None or "name" not in fields:
+        found = " ".join(f"{key}={fields.get(key)}" for key in ("name", *CORNERS))
+        problems.add(path, line, "object without name and 4 finite corners", found)
+        return None
+    if fields["name"] not in names:
+        found = f"class '{printable(fields['name'])}' has no place"
+        raise UserError(f"{path}:{line}", found, nearest(fields["name"], names))
+    return Row(names.index(fields["name"]), box, line, ignore=fields.get("difficult", "0") == "1")
 
 
 def _corners(fields: dict[str, str]) -> tuple[float, float, float, float] | None:

@@ -95,7 +95,7 @@ class LabelReader:
         if label is None:
             return make_record(picture, size, [], num_bad=0, source=picture, problems=self.problems, masks=self.masks)
         try:
-            text = _decode(read_annotation(label), label)
+            text = decode_labels(read_annotation(label), label)
         except UserError as error:
             self.problems.add(label, None, "label file cannot be read", error.message, QUARANTINED)
             return None
@@ -182,7 +182,7 @@ def corners_of(x: float, y: float, w: float, h: float, size: tuple[int, int]) ->
     return (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
 
 
-def _decode(data: bytes, path: Path) -> str:
+def decode_labels(data: bytes, path: Path) -> str:
     """Text with newlines as line ends. UserError names what it is instead."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(path, "UTF-16, expected UTF-8", "save it again")
