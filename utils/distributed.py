@@ -96,10 +96,9 @@ def _join(device: torch.device) -> None:
 
 def _say_goodbye() -> None:
     """Process 0 may hold the store: it leaves last."""
-    key = _next_key()
-    _store.set(f"{key}/{rank()}", "true")
+    _store.set(f"goodbye/{rank()}", "true")  # not by the number of an exchange, which somebody may still wait for
     for number in range(world_size()) if is_main() else ():
-        _wait_for(f"{key}/{number}", GOODBYE)
+        _wait_for(f"goodbye/{number}", GOODBYE)
 
 
 def _first(error: Exception) -> str:

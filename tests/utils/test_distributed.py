@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from utils import distributed
@@ -37,6 +38,17 @@ assert d.world_size() == 1
 """
 
 
+LEAVES = """
+import torch
+from utils import distributed as d
+with d.process_group(torch.device("cpu")):
+    if d.rank() == 1:
+        raise d.Stopped("told to end, alone", 0)
+    assert d._wait_for("goodbye/1", 20) is True
+    assert d._wait_for("1/1", 0.1) is None, "a goodbye is no answer"
+"""
+
+
 def test_alone():
     tensor = torch.ones(3, requires_grad=True)
     assert torch.equal(distributed.all_reduce_mean(tensor), tensor)
@@ -49,13 +61,15 @@ def test_alone():
         distributed.barrier()
 
 
-def test_two_processes_agree():
+@pytest.mark.parametrize("code", [TWO, LEAVES], ids=["agree", "one leaves early"])
+def test_two_processes(code):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     both = [
-        subprocess.Popen([sys.executable, "-c", TWO], cwd=ROOT, env={**os.environ, **group, "RANK": str(rank)})
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **group, "RANK": str(rank)})
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    codes = [process.wait(timeout=120) for process in both]
+    assert codes == [0, 0 if code == TWO else 1]  # 1: python's own for what nobody caught
