@@ -1,5 +1,6 @@
 """Files that are either the old one or the new one, never half of either."""
 
+import errno
 import os
 import secrets
 import stat
@@ -67,14 +68,18 @@ def atomic_write(
         before_rename(part)
         failpoint(f"{point}.replace")
         part.replace(path)
-        failpoint(f"{point}.dirsync")
-        _sync_folder(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ResourceError(path, f"cannot write: {error.strerror or error}", "the old file is untouched") from error
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    try:
+        failpoint(f"{point}.dirsync")
+        _sync_folder(path.parent)
+    except OSError as error:
+        found = f"written, but a power failure may undo it: {error.strerror or error}"
+        raise ResourceError(path, found, "is the disk still there?") from error
 
 
 def remove_parts(folder: Path) -> None:
@@ -90,12 +95,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename itself survive a power cut."""
+    """Make a rename itself survive a power cut, where the file system can (some network ones cannot sync a folder)."""
     if os.name != "posix":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

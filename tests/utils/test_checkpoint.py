@@ -3,6 +3,8 @@
 import errno
 import os
 import random
+import stat
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -161,3 +163,20 @@ def test_an_optimizer_continues_to_the_bit(kind, tmp_path):
     step(other, resumed, 3)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_folders_that_cannot_be_synced(tmp_path, monkeypatch, number, fails):
+    """Some network file systems know no such thing; an error of the disk is one, and the file is the new one."""
+    sync = os.fsync
+
+    def refused(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    expected = pytest.raises(ResourceError, match="a power failure may undo it") if fails else nullcontext()
+    with expected, atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"new"
