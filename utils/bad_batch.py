@@ -12,7 +12,7 @@ from utils.datasets.workers import Loader
 from utils.distributed import is_main
 from utils.files import atomic_write, write_text
 from utils.ledger import Note, describe
-from utils.logger import Logger
+from utils.logger import Logger, finite_or_none
 
 NAME = "bad_batch"
 SHOWN = 4  # pictures named on the console
@@ -53,5 +53,5 @@ class BadBatches:
         with atomic_write(self.folder / f"{NAME}.npz") as file:
             np.savez_compressed(file, **arrays)
         facts = note._asdict() | {"batches": list(note.batches), "pictures": files, "draws": draws}
-        write_text(self.folder / f"{NAME}.json", json.dumps(facts, indent=1) + "\n")
+        write_text(self.folder / f"{NAME}.json", json.dumps(finite_or_none(facts), indent=1) + "\n")
         return files

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -86,7 +87,7 @@ class Logger:
         if self.folder is None:
             return
         self._console(row)
-        row = without_nan({**row, **details})
+        row = finite_or_none({**row, **details})
         self.rows.append(row)
         try:
             write_rows(self.folder, self.rows)
@@ -141,9 +142,15 @@ class Bar(tqdm):
         self.update(done - self.n)
 
 
-def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None, which every format has a word for, in place of what is not a number."""
-    return {name: None if value != value else value for name, value in values.items()}
+def finite_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, mappings in it too, with None, which every format has a word for, in place of what is not finite."""
+    return {name: _or_none(value) for name, value in values.items()}
+
+
+def _or_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return finite_or_none(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from utils.checkpoint import SUFFIX
 from utils.errors import UserError
 from utils.files import write_text
-from utils.logger import without_nan
+from utils.logger import finite_or_none
 from utils.run import WEIGHTS, find_run, numbered_runs
 from utils.store import Found
 
@@ -71,7 +71,7 @@ def refuse_other_data(meta: Mapping[str, Any], fingerprint: str, allowed: bool, 
 
 def write_summary(run: Path, values: Mapping[str, Any]) -> None:
     """What a run came to, its last file: with it, the run is finished."""
-    write_text(run / SUMMARY, json.dumps(without_nan(values), indent=1) + "\n")
+    write_text(run / SUMMARY, json.dumps(finite_or_none(values), indent=1) + "\n")
 
 
 def is_finished(resumed: Found) -> bool:

@@ -43,7 +43,8 @@ def test_t17_one_bad_step_is_left_out_and_told(runs, seen):
     line = next(line for line in ended.out.splitlines() if "is left out" in line)
     assert line.startswith("warning: epoch 1, step 4 is left out: loss 'box' is nan")
     assert "gradient of model.layers.2" in line  # the last layer: it began in the loss
-    facts = json.loads((run / "bad_batch.json").read_text())
+    facts = json.loads((run / "bad_batch.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert facts["norm"] is None and facts["terms"]["box"] is None
     assert (facts["epoch"], facts["step"], facts["batches"], facts["finite"]) == (1, 4, [1], False)
     assert len(facts["pictures"]) == 2 and all(path.endswith(".png") for path in facts["pictures"])
     assert all(path.rpartition("/")[2] in ended.out for path in facts["pictures"])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
+from utils.fitness import Best
 from utils.logger import Logger
+from utils.resume import SUMMARY, write_summary
 
 
 @pytest.fixture
@@ -102,3 +104,10 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     events.Reload()
     assert events.Scalars("train/box")[0].value == 0.5
     assert events.Tags()["images"] == ["train_batch"]
+
+
+def test_what_is_no_number_is_null(tmp_path):
+    """NaN and Infinity are no JSON: a run without anything to find has neither a best epoch nor an mAP."""
+    write_summary(tmp_path, {"epochs": 3, "best": Best().as_dict(), "mAP": float("nan"), "lr": 0.5})
+    values = json.loads((tmp_path / SUMMARY).read_text(), parse_constant=pytest.fail)
+    assert values == {"epochs": 3, "best": {"fitness": None, "epoch": -1}, "mAP": None, "lr": 0.5}
