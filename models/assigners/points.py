@@ -51,15 +51,21 @@ def level_strides(priors: Priors) -> Tensor:
     return torch.stack([priors.stride[grid.start].amax() for grid in priors.grids])
 
 
+def sort_keys(values: Tensor) -> Tensor:
+    """int64 [...], of 31 bits, in the order of ``values`` [...] >= 0 as float32; not a number counts as 0.
+
+    The bits of floats >= 0 are in the order of the floats.
+    """
+    return values.float().nan_to_num(0, posinf=math.inf).contiguous().view(torch.int32).long()
+
+
 def first_largest(values: Tensor, count: int) -> Tensor:
     """Slots [N, count] of the largest of ``values`` [N, P] >= 0, largest first, of equal ones the lowest slot.
 
-    Compared as float32. Not a number counts as 0.
+    Compared by ``sort_keys``, with the slot behind them, so that no two are equal.
     """
-    # the bits of floats >= 0 are in the order of the floats: with the slot behind them no two keys are equal
-    bits = values.float().nan_to_num(0, posinf=math.inf).contiguous().view(torch.int32).long()
     last = values.shape[1] - 1
-    keys = (bits << 32) + torch.arange(last, -1, -1, device=values.device)
+    keys = (sort_keys(values) << 32) + torch.arange(last, -1, -1, device=values.device)
     return last - (keys.topk(count, dim=1).values & 0xFFFFFFFF)
 
 

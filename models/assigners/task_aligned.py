@@ -3,7 +3,6 @@
 Letters: B images, N objects, P slots, M pairs of an object and a slot, k candidates of an object.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.assigners.base import ignored_slots
-from models.assigners.points import inside, level_strides, wins
+from models.assigners.points import inside, level_strides, sort_keys, wins
 from models.structures import Assignment, Predictions, Priors
 from utils.boxes import paired_ciou, paired_iou, xywh_to_xyxy, xyxy_to_xywh
 from utils.structures import Targets
@@ -170,12 +169,10 @@ def overlapping(boxes: Tensor, targets: Targets) -> Tensor:
 def best_of_each(pairs: Pairs, num_objects: int, count: int) -> tuple[Tensor, Tensor]:
     """Numbers [N * count] of each object's best aligned pairs, and which are real.
 
-    Best first, of equal ones the lowest slot, compared as float32; not a number counts as 0. Where there are fewer of
-    any alignment, the object's first pair fills up.
+    Best first, of equal ones the lowest slot, compared by ``sort_keys``. Where there are fewer of any alignment, the
+    object's first pair fills up.
     """
-    # the bits of floats >= 0 are in the order of the floats
-    bits = pairs.alignment.float().nan_to_num(0, posinf=math.inf).view(torch.int32).long()
-    order = ((pairs.target << 32) - bits).argsort(stable=True)
+    order = ((pairs.target << 32) - sort_keys(pairs.alignment)).argsort(stable=True)
     target = pairs.target[order]
     num = torch.zeros(num_objects, dtype=torch.int64, device=order.device).scatter_add(
         0, target, torch.ones_like(target)
