@@ -144,11 +144,11 @@ class DetectionDataset(Dataset):
 
     def _load_or_replace(self, index: int, max_side: int) -> Sample:
         while True:
-            index = self.quarantine.substitute(index)
+            chosen = self.quarantine.substitute(index)  # of the first one: which others are known to be bad is chance
             try:
-                return self.load(index, max_side)
+                return self.load(chosen, max_side)
             except ImageError as error:
-                self.quarantine.add(index, error)
+                self.quarantine.add(chosen, error)
 
     def _read(self, index: int) -> np.ndarray:
         image, (height, width) = read_image(self.path(index), self.channels, limits=self.limits), self.sizes[index]

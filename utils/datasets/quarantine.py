@@ -78,12 +78,19 @@ class Quarantine:
         problem = Problem(error.where, None, "picture cannot be used any more", error.message, QUARANTINED)
         print(f"warning: {problem}", file=sys.stderr)
         if self.folder is not None:
-            with (self.folder / FILE).open("a", encoding="utf-8") as file:  # one write: lines of two workers never mix
-                file.write(_line(problem))
+            self._list(self.folder / FILE, problem)
         count, total = int(self.bad.sum()), len(self.bad)
-        if count > self.max_bad * total:
+        if count > self.max_bad * total or count == total:
             found = f"{count} of {total} pictures became unreadable ({count / total:.2%}, allowed {self.max_bad:.2%})"
             raise QuarantineError(error.where, f"{found}: {error.message}", "is the disk still there? see --max-bad")
+
+    def _list(self, path: Path, problem: Problem) -> None:
+        """A line more; that a disk does not take it costs the line, which has just been said, and not the run."""
+        try:
+            with path.open("a", encoding="utf-8") as file:  # one write: lines of two workers never mix
+                file.write(_line(problem))
+        except OSError as error:
+            print(f"warning: {path}: cannot write: {error.strerror}", file=sys.stderr)
 
     def substitute(self, index: int) -> int:
         """The picture that takes the place of a bad one: the same one each time, whoever asks."""
