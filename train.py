@@ -264,9 +264,11 @@ def build_network(args: argparse.Namespace, cfg, names: list[str], resumed):
     if args.weights and not resumed:
         say(load_pretrained(model, find_file(args.weights, "weights file")).summary())
     for number in range(args.freeze[0]) if len(args.freeze) == 1 else args.freeze:
-        if not 0 <= number < len(model.layers):
+        if number >= len(model.layers):
             raise UserError(f"--freeze {number}", f"no such layer, the network has {len(model.layers)}")
         model.layers[number].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("--freeze", "every layer is frozen, nothing is left to be taught", "name fewer")
     params, flops = (sum(getattr(layer, name) for layer in model.graph.layers) for name in ("params", "flops"))
     say(f"{cfg.path}: {len(model.layers)} layers, {params / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP")
     return model, (height, width), cfg.with_options([(cfg.net, key, value) for key, value in kept])

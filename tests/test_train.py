@@ -163,6 +163,7 @@ def test_two_processes_equal_one(place, monkeypatch):
         (["--set", "assigner=simotta"], "unknown assigner 'simotta'"),
         (["--img-size", "65"], "65x65 is no multiple of the network's stride 16"),
         (["--freeze", "0", "99"], "no such layer"),
+        (["--freeze", "4"], "nothing is left to be taught"),
         (["--device", "99"], "no such GPU"),
         (["--sync-bn"], "on GPUs only"),
         (["--precision", "fp16"], "needs a CUDA device"),

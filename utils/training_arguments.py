@@ -52,7 +52,7 @@ def parse_args(argv: list[str], defaults: dict | None = None, *, description: st
     how.add_argument("--image-weights", action="store_true", help="show pictures with rare classes more often")
     how.add_argument(
         "--freeze",
-        type=int,
+        type=whole,
         nargs="+",
         default=[],
         metavar="N",
