@@ -101,7 +101,11 @@ class Predictions:
     def write_json(self, category_ids: list[int]) -> Path:
         """``predictions.json``, as the COCO tools read it."""
         order = sorted(self._found)
-        results = coco_results([self._found[i] for i in order], [self.records[i] for i in order], category_ids)
+        # a picture that could not be read any more is missing here; those after it keep their numbers
+        known = [
+            record if (record := self.records[i]).image_id is not None else replace(record, image_id=i) for i in order
+        ]
+        results = coco_results([self._found[i] for i in order], known, category_ids)
         shapes = [self._shapes[i] for i in order]
         if None not in shapes:
             results = with_segmentations(results, [shape for mine in shapes for shape in mine])

@@ -148,6 +148,19 @@ def test_predictions_of_an_evaluation(tmp_path):
     assert {file.name for file in (tmp_path / "labels").iterdir()} == {"0.txt", "1.txt"}
 
 
+def test_pictures_keep_their_numbers_where_one_before_could_not_be_read(tmp_path):
+    empty = np.zeros(0)
+    record = {"size": (20, 40), "boxes": empty.reshape(0, 4), "labels": empty, "ignore": empty, "crowd": empty}
+    records = [Record(path=f"{n}.jpg", area=empty, **record) for n in range(3)]
+    predictions = Predictions(tmp_path, records, save_txt=False, save_conf=False)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    infos = tuple(ImageInfo(id=n, path=records[n].path, size=(20, 40)) for n in (0, 2))
+    targets = Targets.of(nothing, nothing, torch.zeros(0, 4))
+    batch = Batch(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), targets=targets, infos=infos)
+    predictions.observe(batch, [some([2, 4, 12, 9])] * 2)
+    assert [entry["image_id"] for entry in json.loads(predictions.write_json([1]).read_text())] == [0, 2]
+
+
 def test_no_file_is_half_there(tmp_path, monkeypatch):
     """Encoding fails in the middle: neither the picture nor its part is left."""
     monkeypatch.setattr(cv2, "imencode", lambda *_: (True, None))
