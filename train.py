@@ -50,7 +50,9 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     from utils.fitness import Best, fitness
     from utils.gallery import Gallery
     from utils.logger import Logger
+    from utils.mistakes import Mistakes
     from utils.plots import save_evaluation_plots, save_labels_png, save_results_png
+    from utils.report import save_report
     from utils.resume import is_finished, refuse_other_data, write_summary
     from utils.run import WEIGHTS, lock_run, select_precision, set_seed, share_cores, shared_new_run
     from utils.saver import Saver
@@ -169,7 +171,9 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
             if distributed.is_main() and (epoch == args.epochs - 1 or not args.noval):
                 try:
                     watched = interrupts.watched(val_loader)
-                    scalars = evaluate(predictor, watched, data.val, data.names, progress=logger.watched).scalars()
+                    observe = gallery.followed(epoch)
+                    found = evaluate(predictor, watched, data.val, data.names, observe=observe, progress=logger.watched)
+                    scalars = found.scalars()
                 except Stopped:
                     stop = interrupts.stop
             stop, score = distributed.broadcast([stop, fitness(scalars) if scalars else float("nan")])
@@ -200,13 +204,21 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     final, tensors = saver.final()
     load_module(trainer.ema.module, weights_of(tensors), final)
     watched = interrupts.watched(val_loader)
-    evaluation = evaluate(predictor, watched, data.val, data.names, observe=gallery.val, progress=logger.watched)
+    mistakes = Mistakes(data.val, data.names)
+
+    def look_closely(batch, found) -> None:
+        gallery.val(batch, found)
+        with logger.guard("the report's mistakes"):
+            mistakes.update(batch, found)
+
+    evaluation = evaluate(predictor, watched, data.val, data.names, observe=look_closely, progress=logger.watched)
     foreign = foreign_to_darknet(cfg)
     if not foreign:
         write_weights(trainer.ema.module, final.with_suffix(".weights"))
     for what, draw in {
         "results.png": lambda: save_results_png(run / "results.csv", run / "results.png"),
         "evaluation plots": lambda: save_evaluation_plots(evaluation, run),
+        "report.html": lambda: save_report(run, evaluation, mistakes, facts(args, size, trainer.epoch, best)),
     }.items():
         with logger.guard(what):
             draw()
@@ -300,10 +312,22 @@ def settings(args: argparse.Namespace, recipe, cfg) -> dict[str, str]:
     return {name: yaml.safe_dump(values, sort_keys=False) for name, values in texts.items()} | {"network.cfg": cfg.text}
 
 
+def facts(args: argparse.Namespace, size: tuple[int, int], epochs: int, best) -> dict[str, str]:
+    """What a run was, for its report."""
+    return {
+        "network": f"{args.cfg} at {size[1]} x {size[0]}",
+        "started from": args.weights or "scratch",
+        "recipe": " ".join([args.hyp, *args.set]),
+        "data": args.data,
+        "epochs": f"{epochs} of {args.epochs}, the best is {best.epoch}; batches of {args.batch_size}",
+    }
+
+
 def where_things_are(run: Path, final: Path, best, foreign: list) -> str:
     """The end of the story: what lies where; with ``foreign`` sections nothing lies there for Darknet."""
     darknet = f"{final.with_suffix('.weights')} with {run / 'network.cfg'}"
     return f"""
+report       {run / "report.html"}
 best epoch   {best.epoch}, fitness {best.fitness:.4f} = 0.1 mAP50 + 0.9 mAP50-95
 checkpoint   {final}
 for Darknet  {f"none: {foreign[0].message}" if foreign else darknet}

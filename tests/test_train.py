@@ -55,8 +55,18 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [row["epoch"] for row in rows(finished)] == ["0", "1", "2"]
     for name in ("args.yaml", "recipe.yaml", "network.cfg", "log.jsonl", "results.png", "labels.png", "tensorboard"):
         assert (finished / name).exists(), name
-    for name in ("train_batch0.jpg", "val_batch0_labels.jpg", "val_batch0_pred.jpg", "confusion_matrix.png"):
+    for name in (
+        "train_batch0.jpg",
+        "val_batch0_labels.jpg",
+        "val_batch0_pred.jpg",
+        "confusion_matrix.png",
+        "report.html",
+    ):
         assert (finished / name).stat().st_size > 0, name
+    page = (finished / "report.html").read_text()
+    assert page.count("<h2>") == 9 and "data:image/png" in page and "started from: scratch" in page
+    events = b"".join(file.read_bytes() for file in (finished / "tensorboard").iterdir())
+    assert events.count(b"val_batch0_epoch") == 3
     names = {file.name for file in (finished / "weights").iterdir()}
     assert names >= {"last.safetensors", "best.safetensors", "best.weights"}
     tensors, meta = read_checkpoint(finished / "weights" / "last.safetensors")

@@ -48,6 +48,19 @@ class Gallery:
                 self._save(f"val_batch{self.num_val}_pred", found)
         self.num_val += 1
 
+    def followed(self, epoch: int) -> Callable[[Batch, list[Detections]], None]:
+        """An ``observe`` for an epoch's evaluation: what is found in its first batch, the same pictures every epoch."""
+        seen = []
+
+        def observe(batch: Batch, detections: list[Detections]) -> None:
+            if not seen:
+                with self.guard("pictures of the epochs"):
+                    drawn = [_with_detections(batch, row, detections[row], self.names) for row in _rows(batch)]
+                    self._save("val_batch0_epoch", drawn, epoch)
+            seen.append(len(batch))
+
+        return observe
+
     def sheets(self, name: str, draw: Callable[[], list[np.ndarray]], epoch: int) -> None:
         """Pictures of an epoch; the files are the newest, TensorBoard keeps all."""
         with self.logger.guard(f"{name} pictures"):

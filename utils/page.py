@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -61,4 +62,13 @@ def picture(image: np.ndarray) -> str:
     """An RGB picture uint8 [H, W, 3], inside the page."""
     encoded, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), SHARP)
     assert encoded, "OpenCV encodes JPEG"
-    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(data).decode()}'>"
+    return _inside(data.tobytes(), "jpeg")
+
+
+def picture_file(path: Path) -> str:
+    """A picture's file (.png, .jpg) as it is, inside the page."""
+    return _inside(path.read_bytes(), {".jpg": "jpeg"}.get(path.suffix, path.suffix[1:]))
+
+
+def _inside(data: bytes, kind: str) -> str:
+    return f"<img alt='' src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
