@@ -87,7 +87,7 @@ def main(args: argparse.Namespace | None = None):
     )
     if args.single_cls:
         data, predict = data.as_single_class(), SingleClass(predict)
-    dataset = DetectionDataset(data.records, channels=model.channels, stretch=stretch)
+    dataset = DetectionDataset(data.records, channels=model.channels, stretch=stretch, limits=limits)
     sampler = EvalSampler(dataset.sizes, args.batch_size, size, rect=args.rect and not stretch, stride=model.stride)
     loader = build_loader(dataset, sampler, workers=share_cores(device, args.workers), pin_memory=device.type == "cuda")
 

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 import test as script
 from utils.datasets.records import read_dataset
-from utils.errors import UserError
+from utils.errors import QuarantineError, UserError
 
 # AP and AP50 measured with OpenCV and pycocotools (README of the data), and on which pictures
 LEVELS = {
@@ -165,6 +165,20 @@ def test_narrow_batches_change_little(place, tmp_path):
     for name in SIZES:
         square, rect = (np.loadtxt(tmp_path / way / "exp" / "labels" / f"{name}.txt") for way in ("square", "rect"))
         np.testing.assert_allclose(square, rect, atol=2e-6)
+
+
+def test_what_is_taken_when_the_data_is_read_is_measured(place, tmp_path):
+    """--allow-truncated and --max-pixels hold for the pictures as for their headers."""
+    write_grid_network(place / "net.safetensors")
+    data = cv2.imencode(".jpg", np.full((64, 96, 3), 100, np.uint8))[1].tobytes()
+    for name, start in {"whole": data, "cut": data[:-40]}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(start)
+        (tmp_path / f"{name}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
+    (tmp_path / "data.yaml").write_text("val: .\nnames: [square, bar]\n")
+    flags = ("--weights", place / "net.safetensors", "--data", tmp_path / "data.yaml", "--project", tmp_path / "runs")
+    with pytest.raises(QuarantineError, match="1 of 2 pictures are bad"):
+        run(*flags)
+    assert run(*flags, "--allow-truncated").num_images == 2
 
 
 MISTAKES = {
