@@ -7,16 +7,7 @@ python detect.py --weights yolov3.weights --cfg yolov3.cfg --names data/coco.nam
 import argparse
 from collections import Counter
 
-from utils.arguments import (
-    add_limits,
-    add_network,
-    add_output,
-    add_resize,
-    add_thresholds,
-    class_numbers,
-    count,
-    whole,
-)
+from utils.arguments import add_limits, add_network, add_output, add_resize, add_thresholds, count, whole
 from utils.errors import QuarantineError, printable, run_main
 
 
@@ -81,9 +72,8 @@ def main(args: argparse.Namespace | None = None) -> None:
 
     from tqdm import tqdm
 
-    from models.inference import for_inference
-    from models.loading import find_file, input_size, load_network, stretches
-    from models.predictor import Predictor
+    from models.detector import Detector
+    from models.loading import find_file, load_networks
     from utils.datasets.limits import Limits
     from utils.datasets.records import read_names
     from utils.datasets.sources import open_source
@@ -102,25 +92,26 @@ def main(args: argparse.Namespace | None = None) -> None:
     window = Window() if args.view_img else None
     track = Tracker() if args.track else None
     names = read_names(find_file(args.names, "names file")) if args.names else None
-    loaded = load_network(args.weights, cfg=args.cfg, names=names)
-    model, names = loaded.model, loaded.names
-    size = input_size(args.img_size, model)
-    predict = Predictor(
-        for_inference(model, device, precision.dtype),
+    detector = Detector(
+        load_networks(args.weights, cfg=args.cfg, names=names),
         device=device,
+        precision=precision,
+        img_size=args.img_size,
+        resize=args.resize,
+        augment=args.augment,
         conf_thres=args.conf_thres,
         iou_thres=args.iou_thres,
         max_det=args.max_det,
-        classes=class_numbers(args.classes, names),
+        classes=args.classes,
         agnostic=args.agnostic_nms,
-        amp=precision.autocast,
     )
+    names, size, predict = detector.names, detector.size, detector.predict
 
     # the pictures; the first one is read before anything is written
     check_codec(args.fourcc)
     source = open_source(
         args.source,
-        channels=model.channels,
+        channels=detector.channels,
         stride=args.vid_stride,
         limits=Limits.of(args),
         retries=args.retries,
@@ -150,7 +141,7 @@ def main(args: argparse.Namespace | None = None) -> None:
     seen, num_invalid, totals, start = 0, 0, Counter(), time.perf_counter()
     batch_size = 1 if streams else args.batch_size
     ahead = (lambda items, depth=1: items) if streams else prefetch
-    placed = ahead(place(source, batch_size, size, stretches(args.resize, model)))
+    placed = ahead(place(source, batch_size, size, detector.stretch))
     try:
         with (
             Interrupts("what was found is written"),
@@ -184,7 +175,7 @@ def main(args: argparse.Namespace | None = None) -> None:
             print(line)
         print(f"Results: {folder}")
 
-    refuse_invalid(num_invalid, args.weights)
+    refuse_invalid(num_invalid, ", ".join(args.weights))
     if streams:
         streams.refuse_lost(source.name)
     if source.problems and args.strict:

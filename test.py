@@ -44,9 +44,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args: argparse.Namespace | None = None):
     """One walk: data -> network -> detections in original pixels -> numbers, pictures, files; the Evaluation."""
     args = args or parse_args()
-    from models.inference import for_inference
-    from models.loading import find_file, input_size, load_network, stretches
-    from models.predictor import Predictor
+    from models.detector import Detector
+    from models.loading import find_file, load_networks
     from utils.datasets.dataset import DetectionDataset
     from utils.datasets.limits import Limits
     from utils.datasets.loader import EvalSampler, build_loader
@@ -64,31 +63,35 @@ def main(args: argparse.Namespace | None = None):
         raise UserError("--protocol", f"no such protocol: '{args.protocol}'", nearest(args.protocol, PROTOCOLS))
     device = select_device(args.device)
     precision = select_precision(args.precision, device)
-    weights = find_file(args.weights, "weights file")
-    cfg = find_file(args.cfg, "cfg") if args.cfg else None
+    weights = [find_file(file, "weights file") for file in args.weights]
+    cfgs = [find_file(file, "cfg") for file in args.cfg or ()]
 
     # data and network
     limits = Limits.of(args)
     data = read_dataset(args.data, args.task, limits=limits)
-    model = load_network(weights, cfg=cfg, names=None if args.single_cls else list(data.names)).model
-    if model.cfg.has_masks:
+    networks = load_networks(weights, cfg=cfgs, names=None if args.single_cls else list(data.names))
+    if networks[0].model.cfg.has_masks:
         data = read_dataset(args.data, args.task, masks=True, limits=limits)
     print(data.summary())
     refuse_bad(data, limits.max_bad)
-    size, stretch = input_size(args.img_size, model), stretches(args.resize, model)
-    predict = Predictor(
-        for_inference(model, device, precision.dtype),
+    detector = Detector(
+        networks,
         device=device,
+        precision=precision,
+        img_size=args.img_size,
+        resize=args.resize,
+        augment=args.augment,
         conf_thres=args.conf_thres,
         iou_thres=args.iou_thres,
         max_det=args.max_det,
         agnostic=args.agnostic_nms or args.single_cls,
-        amp=precision.autocast,
     )
+    predict, stretch = detector.predict, detector.stretch
     if args.single_cls:
         data, predict = data.as_single_class(), SingleClass(predict)
-    dataset = DetectionDataset(data.records, channels=model.channels, stretch=stretch, limits=limits)
-    sampler = EvalSampler(dataset.sizes, args.batch_size, size, rect=args.rect and not stretch, stride=model.stride)
+    dataset = DetectionDataset(data.records, channels=detector.channels, stretch=stretch, limits=limits)
+    rect = args.rect and not stretch
+    sampler = EvalSampler(dataset.sizes, args.batch_size, detector.size, rect=rect, stride=detector.stride)
     loader = build_loader(dataset, sampler, workers=share_cores(device, args.workers), pin_memory=device.type == "cuda")
 
     # measure
@@ -116,7 +119,7 @@ def main(args: argparse.Namespace | None = None):
     if args.save_json:
         print(f"COCO results: {predictions.write_json(data.category_ids)}")
     print(f"Results: {folder}")
-    refuse_invalid(result.num_invalid, weights)
+    refuse_invalid(result.num_invalid, ", ".join(map(str, weights)))
     return result
 
 

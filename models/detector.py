@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from models.fusion import LOOKS, Fusion, View
 from models.inference import for_inference
-from models.loading import Loaded, find_file, input_size, load_network, stretches
+from models.loading import Loaded, find_file, input_size, load_networks, stretches
 from models.predictor import Predictor
 from utils.arguments import class_numbers
 from utils.datasets.in_memory import as_image, is_several, place
@@ -29,38 +30,72 @@ BATCH_SIZE = 8
 class Detector:
     """``detector(images) -> Detections`` in the pixels of the original pictures, on the CPU, best first.
 
+    Several networks, or one that looks several times, are one `Fusion`. Without ``img_size`` each sees the input size
+    of its own cfg; pictures are first fitted to the largest.
+
     Args:
-        network: what `load_network` returns.
+        networks: what `load_networks` returns.
         device, precision: where and how to compute.
         img_size: side, or height and width, of the network's input in pixels; None: the cfg's.
         resize: "letterbox" or "stretch"; None: as the cfg says.
         classes: names or numbers of those to keep; None: all.
+        augment: look mirrored, smaller and larger, too (`LOOKS`).
         conf_thres, iou_thres, max_det, agnostic: see `postprocess`.
 
-    ``names`` are those of the classes; ``predict`` is the `Predictor` behind it, for who has batches of his own.
+    ``names`` are those of the classes; ``predict`` is the `Predictor` or `Fusion` behind it, for uint8 batches of
+    ``size`` or any other multiple of ``stride``; ``stretch`` says how pictures get there.
+
+    Raises:
+        UserError: networks are made for pictures that are fitted differently, or cannot be merged.
     """
 
     def __init__(
         self,
-        network: Loaded,
+        networks: Sequence[Loaded],
         *,
         device: torch.device,
         precision: Precision,
         img_size: Sequence[int] | None = None,
         resize: str | None = None,
         classes: Sequence[str] | None = None,
-        **thresholds,
+        augment: bool = False,
+        conf_thres: float = 0.25,
+        iou_thres: float = 0.45,
+        max_det: int = 300,
+        agnostic: bool = False,
     ):
-        model = network.model
-        self.names, self.channels, self.stride = network.names, model.channels, model.stride
-        self.size, self.stretch = input_size(img_size, model), stretches(resize, model)
-        self.predict = Predictor(
-            for_inference(model, device, precision.dtype),
-            device=device,
-            amp=precision.autocast,
-            classes=class_numbers(classes, self.names),
-            **thresholds,
-        )
+        models = [network.model for network in networks]
+        self.names, self.channels = networks[0].names, models[0].channels
+        self.stride = max(model.stride for model in models)
+        ways = {stretches(resize, model) for model in models}
+        if len(ways) > 1:
+            raise UserError("--resize", "the cfgs differ in letter_box", "letterbox or stretch, for all of them")
+        (self.stretch,) = ways
+        sizes = [input_size(img_size, model) for model in models]
+        self.size = max(height for height, _ in sizes), max(width for _, width in sizes)
+        looks, thresholds = LOOKS if augment else LOOKS[:1], {"iou_thres": iou_thres, "max_det": max_det}
+        num_views = len(models) * len(looks)
+        predictors = [
+            Predictor(
+                for_inference(model, device, precision.dtype),
+                device=device,
+                amp=precision.autocast,
+                classes=class_numbers(classes, self.names),
+                conf_thres=conf_thres / num_views,  # what only one view finds must be surer by so much
+                agnostic=agnostic,
+                **thresholds,
+            )
+            for model in models
+        ]
+        self.predict = predictors[0]
+        if num_views > 1:
+            views = [
+                View(predict=predict, scale=(scale * height / self.size[0], scale * width / self.size[1]), mirrored=way)
+                for predict, (height, width) in zip(predictors, sizes)
+                for scale, way in looks
+            ]
+            where = "--augment" if augment else "--weights"
+            self.predict = Fusion(views, conf_thres=conf_thres, agnostic=agnostic, where=where, **thresholds)
 
     def __call__(self, images) -> Detections | list[Detections]:
         """What is in a picture, or a list of what is in each of several.
@@ -86,9 +121,9 @@ class Detector:
 
 
 def load(
-    weights: str | Path,
+    weights: str | Path | Sequence[str | Path],
     *,
-    cfg: str | Path | None = None,
+    cfg: str | Path | Sequence[str | Path] | None = None,
     names: str | Path | Sequence[str] | None = None,
     device: str = "",
     precision: str = "auto",
@@ -99,12 +134,13 @@ def load(
     max_det: int = 300,
     classes: Sequence[str | int] | None = None,
     agnostic: bool = False,
+    augment: bool = False,
 ) -> Detector:
-    """A detector from a file; the words mean what they mean as flags of detect.py.
+    """A detector from a file, or several; the words mean what they mean as flags of detect.py.
 
     Args:
         weights: a checkpoint, or ``.weights`` / ``.pt`` together with ``cfg``. A plain name is looked for in the
-            project's folders, too.
+            project's folders, too. A list of them is an ensemble.
         names: the classes, as a list or a ``.names``, ``.yaml`` or ``.data`` file; a checkpoint knows its own.
         device: "" the first GPU if there is one, else the CPU; "cpu"; "0".
         precision: "float32", "bf16", "fp16" (CUDA), or "auto": bf16 where the processor has it.
@@ -126,7 +162,7 @@ def load(
     if isinstance(names, (str, Path)):
         names = read_names(find_file(names, "names file"))
     return Detector(
-        load_network(weights, cfg=cfg, names=names),
+        load_networks(_listed(weights), cfg=_listed(cfg) if cfg else None, names=names),
         device=device,
         precision=select_precision(precision, device),
         img_size=[img_size] if isinstance(img_size, int) else img_size,
@@ -136,4 +172,9 @@ def load(
         iou_thres=iou_thres,
         max_det=max_det,
         agnostic=agnostic,
+        augment=augment,
     )
+
+
+def _listed(files: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    return [files] if isinstance(files, (str, Path)) else list(files)

@@ -1,6 +1,7 @@
 """From files to a network that can look at pictures: the one place test.py, detect.py and other programs load from."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,38 @@ def load_network(weights: str | Path, *, cfg: str | Path | None = None, names: l
     if odd:
         raise UserError(path, f"class name {odd[0]!r}, expected text on one line", "name the classes anew: --names")
     return Loaded(model=model.eval(), names=list(names), meta=meta)
+
+
+def load_networks(
+    weights: Sequence[str | Path], *, cfg: Sequence[str | Path] | None = None, names: list[str] | None = None
+) -> list[Loaded]:
+    """The networks behind one or several files, which are to look at the same pictures.
+
+    Args:
+        cfg: one for each, or one for all.
+
+    Raises:
+        UserError: as `load_network`, or they do not find the same classes in the same kind of picture.
+    """
+    cfgs = list(cfg or [None])
+    if len(cfgs) not in (1, len(weights)):
+        raise UserError("--cfg", f"{len(cfgs)} files for {len(weights)} of weights", "one for each, or one for all")
+    cfgs = cfgs * len(weights) if len(cfgs) == 1 else cfgs
+    first, *others = networks = [load_network(file, cfg=one, names=names) for file, one in zip(weights, cfgs)]
+    for file, other in zip(weights[1:], others):
+        if other.names != first.names:
+            found = f"finds {_few(other.names)}; {weights[0]} finds {_few(first.names)}"
+            raise UserError(
+                file, found, "networks that look together find the same classes, in the same order: --names"
+            )
+        if other.model.channels != first.model.channels:
+            found = f"sees {other.model.channels} channels; {weights[0]} sees {first.model.channels}"
+            raise UserError(file, found, "networks that look together see the same")
+    return networks
+
+
+def _few(names: list[str]) -> str:
+    return f"{len(names)} classes, {', '.join(names[:4])}" + ", ..." * (len(names) > 4)
 
 
 def _fill(model: Darknet, path: Path) -> None:

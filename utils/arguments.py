@@ -43,8 +43,21 @@ def fraction(text: str) -> float:
 def add_network(parser: argparse.ArgumentParser, *, precision: str) -> argparse._ArgumentGroup:
     """Which network, and how it computes: ``precision`` by default."""
     group = parser.add_argument_group("network")
-    group.add_argument("--weights", required=True, metavar="FILE", help="checkpoint (.safetensors), .weights or .pt")
-    group.add_argument("--cfg", metavar="FILE", help="the network; a checkpoint knows its own")
+    group.add_argument(
+        "--weights",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="checkpoint (.safetensors), .weights or .pt; several are an ensemble (needs: pip install ensemble-boxes)",
+    )
+    group.add_argument(
+        "--cfg", nargs="+", metavar="FILE", help="the network, one for each or for all; a checkpoint knows its own"
+    )
+    group.add_argument(
+        "--augment",
+        action="store_true",
+        help="look at each picture mirrored, smaller and larger, too (needs: pip install ensemble-boxes)",
+    )
     group.add_argument("--device", default="", help="cpu, 0, ... (default: the first GPU, else the CPU)")
     group.add_argument(
         "--precision",

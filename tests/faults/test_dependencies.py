@@ -121,6 +121,7 @@ def test_s10_nothing_in_the_tree_is_generated():
 OPTIONAL = {  # module -> folder or file that imports it, inside a function: for who asks for it and has it
     **dict.fromkeys(("onnx", "onnxruntime", "openvino"), "models/exports/"),
     **dict.fromkeys(("trackers", "supervision"), "utils/tracking.py"),
+    "ensemble_boxes": "models/fusion.py",
 }
 
 

@@ -14,6 +14,7 @@ import detect
 from models.cfg import parse_cfg
 from models.graph import build_graph
 from models.loading import load_network
+from utils.arguments import class_numbers
 from utils.checkpoint import with_prefix, write_checkpoint
 from utils.config import read_yaml
 from utils.datasets.records import read_dataset, read_names
@@ -56,7 +57,7 @@ def test_an_error_is_one_line_whatever_it_quotes(tmp_path, hostile):
         lambda: build_graph(
             parse_cfg(f"[net]\nchannels={hostile}\n[convolutional]\nactivation={hostile}\n", f"{hostile}.cfg")
         ),
-        lambda: detect.class_numbers([hostile], ["a"]),
+        lambda: class_numbers([hostile], ["a"]),
     ):
         try:
             error = call()
