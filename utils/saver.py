@@ -105,6 +105,7 @@ class Saver:
         """End the program where a signal asked for it; nothing is lost. Raises Stopped, or as ``save_at_last``."""
         if number:
             self.save_at_last()
+            self.logger.close()  # rows that did not fit are of epochs that the run which continues does not make again
             place = f"epoch {self.trainer.epoch}, step {self.trainer.step}"
             raise stopped(number, f"saved at {place}; --resume {self.store.folder.parent} continues")
 

@@ -90,6 +90,14 @@ def test_a_save_that_fails_is_not_called_saved(name, runs, seen):
     seen(f"exit {ended.code}, the save before it stays")
 
 
+def test_t7_a_row_that_did_not_fit_is_written_before_the_end(runs):
+    """The run that continues does not make that epoch again."""
+    run = runs.new()
+    assert runs.begin(run, env={VARIABLE: "csv.append:1:enospc,step:5:SIGTERM"}).code == 75
+    assert len((run / "results.csv").read_text().splitlines()) == 2
+    runs.assert_ends_equal(run)
+
+
 def test_t3_in_an_evaluation(runs, seen):
     """The epoch's steps are kept, its evaluation is made again."""
     run = runs.new()
