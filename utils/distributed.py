@@ -48,6 +48,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    """How many of the processes are on this machine (torchrun's LOCAL_WORLD_SIZE)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes where torchrun started several; nothing otherwise.
@@ -81,6 +86,8 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 def _join(device: torch.device) -> None:
     global _store, _calls
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else pinned memory and NCCL would take room on the first GPU for each process
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, own, world = next(dist.rendezvous("env://", timeout=JOIN))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from utils.checkpoint import SUFFIX, read_checkpoint
-from utils.distributed import broadcast, is_main, local_rank, world_size
+from utils.distributed import broadcast, is_main, local_rank, local_world_size
 from utils.errors import ResourceError, UserError
 from utils.files import remove_parts
 from utils.store import Found, Store
@@ -207,13 +207,18 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _count_cores() -> int:
+    """Cores that this process may run on: of a machine that a queue shares out, not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_cores(device: torch.device, workers: int | None) -> int:
     """How many loading processes to start; None: one per core for a GPU, one per four cores for a CPU, 8 at most.
 
     A network on the CPU computes with the cores that are left. More threads than cores would wait for each other at
     every convolution: with one loading process too many, a step on two cores takes ten times as long.
     """
-    cores = max(1, (os.cpu_count() or 1) // world_size())
+    cores = max(1, _count_cores() // local_world_size())
     if workers is None:
         workers = min(8, cores if device.type == "cuda" else cores // 4)
     if device.type == "cpu":

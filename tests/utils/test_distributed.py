@@ -61,6 +61,18 @@ def test_alone():
         distributed.barrier()
 
 
+def test_each_process_works_on_its_own_gpu_from_the_start(monkeypatch):
+    """Else pinned memory and NCCL would make a context on the first one for each of them."""
+    used = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *args, **options: iter(()))  # nobody is there
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **options: None)
+    with pytest.raises(StopIteration):
+        distributed._join(torch.device("cuda", 1))
+    assert used == [torch.device("cuda", 1)]
+
+
 @pytest.mark.parametrize("code", [TWO, LEAVES], ids=["agree", "one leaves early"])
 def test_two_processes(code):
     with socket.socket() as free:

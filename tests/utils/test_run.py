@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils.errors import ResourceError, UserError
-from utils.run import new_run, select_device, select_precision
+from utils.run import new_run, select_device, select_precision, share_cores
 
 
 def test_runs_are_numbered_and_nothing_is_removed(tmp_path):
@@ -65,6 +65,22 @@ def test_devices(monkeypatch):
             select_device(text)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert select_device("") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "processes", "kind", "workers", "threads"),
+    [(4, 1, "cuda", 4, 32), (4, 1, "cpu", 1, 3), (64, 8, "cuda", 8, 32), (1, 1, "cpu", 0, 1), (2, 8, "cuda", 1, 32)],
+)
+def test_cores_are_those_that_may_be_used_on_this_machine(monkeypatch, allowed, processes, kind, workers, threads):
+    """Not all of a machine that a queue shares out, and not divided among the processes of other machines."""
+    had = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
+    monkeypatch.setattr(torch, "set_num_threads", had.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert share_cores(torch.device(kind), None) == workers
+    assert (had or [32]) == [threads]
 
 
 def test_precisions():
