@@ -99,7 +99,7 @@ def check_golden(golden, rtol):
 # ---------------------------------------------------------------------------------------------------------------- laws
 
 
-def setup(boxes, *, num_images=1, num_classes=2, labels=None, seed=0, image=None):
+def situation(boxes, *, num_images=1, num_classes=2, labels=None, seed=0, image=None):
     generator = torch.Generator().manual_seed(seed)
     priors = fcos_priors(STRIDES, SIZE, offset=0, dtype=torch.float64)
     shape = (num_images, len(priors))
@@ -143,7 +143,7 @@ def test_worked_example():
 
 def test_the_prior_is_a_product_because_both_axes_must_agree():
     """A point far off in x alone has no weight, however well it stands in y: a sum would give it half."""
-    preds, targets, loss = setup([[4, 28, 124, 68]])
+    preds, targets, loss = situation([[4, 28, 124, 68]])
     assignment = build_targets(preds, targets, InsideBox()).compact()
     prior = loss.center_prior(preds, targets, assignment)
     offset = (preds.priors.center[assignment.prior] - torch.tensor([64.0, 48.0])) / preds.priors.stride[
@@ -156,7 +156,7 @@ def test_the_prior_is_a_product_because_both_axes_must_agree():
 
 
 def test_the_prior_follows_its_mean_and_sigma_per_class():
-    preds, targets, loss = setup([[16, 16, 80, 80], [16, 16, 80, 80]], labels=[0, 1])
+    preds, targets, loss = situation([[16, 16, 80, 80], [16, 16, 80, 80]], labels=[0, 1])
     with torch.no_grad():
         loss.mean[1] = torch.tensor([1.0, -2.0])
         loss.sigma[1] = 0.5
@@ -172,7 +172,7 @@ def test_the_prior_follows_its_mean_and_sigma_per_class():
 
 def test_objectness_learns_from_positives_and_negatives_without_a_label():
     """Implicit objectness: raised on the points of an object that fit, lowered on every other point."""
-    preds, targets, loss = setup([[24, 24, 88, 88]])
+    preds, targets, loss = situation([[24, 24, 88, 88]])
     terms = run(preds, targets, loss)
     (grad,) = torch.autograd.grad(sum(terms.values()), preds.obj)
     inside = build_targets(preds, targets, InsideBox()).compact().prior.unique()
@@ -184,7 +184,7 @@ def test_objectness_learns_from_positives_and_negatives_without_a_label():
 def test_normalisers_count_objects_priors_and_images():
     """pos is per object, neg per unit of prior, center per image: an image twice changes none of them."""
     boxes = [[24, 24, 88, 88], [60, 10, 100, 50]]
-    preds, targets, loss = setup(boxes, labels=[0, 1])
+    preds, targets, loss = situation(boxes, labels=[0, 1])
     once = run(preds, targets, loss)
     twice = Predictions(
         priors=preds.priors, **{k: torch.cat([getattr(preds, k)] * 2) for k in ("boxes", "deltas", "obj", "cls")}
@@ -195,9 +195,9 @@ def test_normalisers_count_objects_priors_and_images():
 
 
 def test_image_without_objects_adds_its_negatives_and_nothing_else():
-    preds, targets, loss = setup([[24, 24, 88, 88]], num_images=2)
+    preds, targets, loss = situation([[24, 24, 88, 88]], num_images=2)
     terms = run(preds, targets, loss)
-    alone, _, _ = setup([[24, 24, 88, 88]], num_images=2)
+    alone, _, _ = situation([[24, 24, 88, 88]], num_images=2)
     first = Predictions(priors=alone.priors, **{k: getattr(alone, k)[:1] for k in ("boxes", "deltas", "obj", "cls")})
     single = run(first, targets, loss)
     torch.testing.assert_close(terms["pos"], single["pos"])
@@ -206,7 +206,7 @@ def test_image_without_objects_adds_its_negatives_and_nothing_else():
 
 
 def test_object_without_a_point_costs_a_constant():
-    preds, targets, loss = setup([[1, 1, 7, 7]])
+    preds, targets, loss = situation([[1, 1, 7, 7]])
     terms = run(preds, targets, loss)
     assert terms["pos"].item() == pytest.approx(0.25 * 100) and terms["center"].item() == 0
     grads = torch.autograd.grad(sum(terms.values()), [preds.obj, preds.cls, loss.mean], allow_unused=True)
@@ -214,7 +214,7 @@ def test_object_without_a_point_costs_a_constant():
 
 
 def test_no_objects_at_all():
-    preds, targets, loss = setup([], num_images=2)
+    preds, targets, loss = situation([], num_images=2)
     terms = run(preds, targets, loss)
     q = preds.obj.sigmoid()[..., None] * preds.cls.sigmoid()
     torch.testing.assert_close(terms["neg"], 0.75 * (q.square() * -torch.log(1 - q)).sum())
@@ -226,13 +226,13 @@ def test_the_later_of_two_objects_of_a_class_sets_the_negative_weight():
     boxes = [[10, 10, 70, 70], [50, 50, 120, 94]]
     results = []
     for order in ([0, 1], [1, 0], [0, 1]):
-        preds, targets, loss = setup([boxes[i] for i in order])
+        preds, targets, loss = situation([boxes[i] for i in order])
         results.append(run(preds, targets, loss)["neg"].item())
     assert results[0] == results[2] != results[1]
 
 
 def test_ignored_slots_have_no_gradient():
-    preds, targets, loss = setup([[24, 24, 56, 56]])
+    preds, targets, loss = situation([[24, 24, 56, 56]])
     targets = Targets.of(
         targets.image, targets.labels, targets.boxes, torch.tensor([0]), torch.tensor([[60.0, 0.0, 128.0, 96.0]])
     )
@@ -243,7 +243,7 @@ def test_ignored_slots_have_no_gradient():
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_finite_on_anything(scale):
-    preds, targets, loss = setup([[24, 24, 88, 88], [30, 30, 30, 30], [1, 1, 7, 7]], labels=[0, 1, 1])
+    preds, targets, loss = situation([[24, 24, 88, 88], [30, 30, 30, 30], [1, 1, 7, 7]], labels=[0, 1, 1])
     leaves = [(leaf.detach() * scale).float().requires_grad_() for leaf in (preds.cls, preds.boxes, preds.obj)]
     with torch.no_grad():
         leaves[1][:, 50] = targets.boxes[0]  # a perfect box
@@ -255,7 +255,7 @@ def test_finite_on_anything(scale):
 
 def test_counts_are_averaged_over_processes(monkeypatch):
     """Another process with three times the objects and priors: twice the mean."""
-    preds, targets, loss = setup([[24, 24, 88, 88], [60, 10, 100, 50]], labels=[0, 1])
+    preds, targets, loss = situation([[24, 24, 88, 88], [60, 10, 100, 50]], labels=[0, 1])
     alone = run(preds, targets, loss)
     monkeypatch.setattr(module, "all_reduce_mean", lambda counts: counts * 2)
     shared = run(preds, targets, loss)
@@ -283,7 +283,7 @@ def test_negative_gains_are_refused(name):
 )
 def test_no_sync_with_any_assigner(assigner):
     """Forward and backward on the meta device, where looking at a value raises."""
-    preds, *_ = setup([], num_classes=3, num_images=2)
+    preds, *_ = situation([], num_classes=3, num_images=2)
     leaves = [leaf.detach().to("meta").requires_grad_() for leaf in (preds.cls, preds.boxes, preds.obj)]
     moved = {k: v.to("meta") for k, v in vars(preds.priors).items() if isinstance(v, torch.Tensor)}
     preds = predictions(type(preds.priors)(grids=preds.priors.grids, **moved), *leaves)
