@@ -1,5 +1,7 @@
 """COCO files: ids are mapped, crowds kept, bad annotations cost themselves."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.utils.datasets.sets import GOOD_ANNOTATION, H, W, coco_set, write
@@ -61,6 +63,19 @@ def test_bad_coco_images_are_set_aside(tmp_path):
     ]
     data = read_dataset(coco_set(tmp_path, [GOOD_ANNOTATION], images))
     assert len(data.records) == 1 and [problem.action for problem in data.problems] == ["picture quarantined"] * 4
+
+
+def test_one_picture_under_two_ids_is_not_background_for_itself(tmp_path):
+    """Merged files: each of two records would teach that what the other one annotates is not there."""
+    images = [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "a.jpg"}, {"id": 9, "file_name": "b.jpg"}]
+    path = coco_set(tmp_path, [GOOD_ANNOTATION, {**GOOD_ANNOTATION, "id": 2, "image_id": 8}], images)
+    yaml = write(tmp_path / "c.yaml", "format: coco\nannotations: instances.json\ntrain: images\n")
+    for data in (read_dataset(path), read_dataset(yaml)):
+        assert [Path(record.path).name for record in data.records] == ["a.jpg", "b.jpg"]
+        assert [(problem.reason, problem.action) for problem in data.problems] == [
+            ("file_name given twice", "picture quarantined"),
+            ("annotation of an unknown image", "row dropped"),
+        ]
 
 
 @pytest.mark.parametrize(

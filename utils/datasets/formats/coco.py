@@ -117,12 +117,15 @@ def _category_ids(names: tuple[str, ...], labels: dict[int, int]) -> tuple[int, 
 
 def _by_id(images: list[dict], path: Path, problems: Problems) -> dict[int | str, dict]:
     known: dict[int | str, dict] = {}
+    owner: dict[str, int | str] = {}  # file name -> id
     for image in images:
         key, name = image.get("id"), image.get("file_name")
         if not (_is_id(key) or isinstance(key, str)) or not _is_path(name):
             problems.add(path, None, "image without id or file_name", str(image)[:80], QUARANTINED)
         elif key in known:
             problems.add(path, None, "image id given twice", f"{key}: {name}", QUARANTINED)
+        elif owner.setdefault(name, key) != key:  # each would be background for what the other one annotates
+            problems.add(path, None, "file_name given twice", f"{name}: images {owner[name]} and {key}", QUARANTINED)
         else:
             known[key] = image
     return known
