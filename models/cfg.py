@@ -335,6 +335,8 @@ def adapt_classes(cfg: Cfg, num_classes: int) -> tuple[Cfg, list[str]]:
         if section.type in HEAD_FILTERS and section.type not in WITHOUT_CLASSES:
             for source, filters in zip(head_sources(cfg, index), head_filters(section, num_classes)):
                 convolution = feeding_convolution(cfg, source)
+                if convolution is None and section.int("classes", 0) == num_classes:
+                    continue
                 if convolution is None:
                     raise section.error(f"no convolution feeds this [{section.type}]: its channels cannot be adapted")
                 changes.append((convolution, "filters", filters))

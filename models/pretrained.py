@@ -117,12 +117,13 @@ def load_pretrained(model: Darknet, path: str | Path) -> TransferReport:
 def _read_darknet(model: Darknet, path: Path) -> tuple[dict[str, Tensor], str]:
     """Whole files, files of another class count, and backbones, told apart by size alone."""
     _, floats = read_header(path)
-    classes, layers = _class_count(model, floats), boundaries(model).get(floats)
+    layers = boundaries(model).get(floats)
     whole = count_floats(arrays_of(model)) == floats or layers == max(boundaries(model).values())
-    if not whole and classes is not None and layers is not None:
+    classes = None if whole else _class_count(model, floats)
+    if classes is not None and layers is not None:
         message = f"its size fits both {classes} classes and the first {layers} layers of {model.cfg.path}"
         raise UserError(path, message, "cut it with the network it belongs to")
-    if not whole and classes is not None:
+    if classes is not None:
         twin = _twin(model, classes)
         read_weights(twin, path)
         return twin.state_dict(), f"Darknet weights, {classes} classes"

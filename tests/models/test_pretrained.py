@@ -87,6 +87,16 @@ def test_darknet_weights_of_another_class_count(tmp_path, classes):
     assert f"conv.weight {2 * (5 + classes)}x16x1x1, here 16x16x1x1" in report.summary()
 
 
+def test_a_head_that_no_convolution_feeds_starts_from_its_own_weights(tmp_path):
+    """Its channels cannot follow another class count; with the cfg's own nothing needs to."""
+    text = CFG.replace("[yolo]", "[sam]\nfrom=-1\n[yolo]")
+    source, model = (Darknet(adapt_classes(parse_cfg(text, "net.cfg"), 3)[0]) for _ in range(2))
+    write_weights(source, tmp_path / "a.weights")
+    assert load_pretrained(model, tmp_path / "a.weights").complete and same(model, state(source))
+    with pytest.raises(UserError, match="its channels cannot be adapted"):
+        adapt_classes(parse_cfg(text, "net.cfg"), 4)
+
+
 def test_a_backbone_is_a_file_that_ends_with_a_layer(tmp_path):
     source, model = network(seed=1), network()
     write_weights(source, tmp_path / "net.conv.2", cutoff=2)
