@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils.errors import DivergenceError, Stopped, UserError, run_main
 from utils.interrupts import Interrupts
-from utils.training_arguments import parse_args
+from utils.training_arguments import AUTO, parse_args
 
 
 def main() -> None:
@@ -31,7 +31,6 @@ def main() -> None:
 
 def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitStack) -> None:
     import torch
-    from torch import nn
 
     from models.assignment_pictures import sheets
     from models.darknet_weights import write_weights
@@ -58,14 +57,13 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     from utils.saver import Saver
     from utils.store import Store
     from utils.timing import Waiting
-    from utils.trainer import Trainer
 
     # ---- what: network, recipe, data; everything a person can get wrong is found before anything is written --------
     args, cfg, recipe, resumed = begin(args)
-    if resumed and resumed.meta["epoch"] == args.epochs and is_finished(resumed):
-        print(
-            f"{resumed.path}: all {args.epochs} epochs are done, nothing to do; --epochs with a larger number goes on"
-        )
+    patience = 0 if args.noval else args.patience
+    if resumed and is_finished(resumed, args.epochs, patience):
+        done = f"{resumed.meta['epoch']} epochs are done"
+        print(f"{resumed.path}: {done}, nothing to do; a larger --epochs, or --patience where it ended early, goes on")
         return
     set_seed(args.seed)
     if device.type == "cpu":
@@ -81,6 +79,9 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     fixed = {"cfg": cfg.text, "names": data.names, "recipe": recipe.as_dict(), "data": data.fingerprint}
     distributed.agree(fixed | {"checkpoint": resumed and resumed.meta["sha256"]})
     criterion = build_criterion(recipe.assigner, recipe.loss, model.num_classes, args.hyp, model.heads)
+    step = TrainStep(model, criterion).to(device)
+    if args.batch_size == AUTO:
+        args.batch_size = automatic_batch(step, data, recipe, device, precision, size)
     train_loader, val_loader = build_loaders(
         data,
         recipe.augment,
@@ -97,9 +98,11 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
         workers=share_cores(device, args.workers),
         pin_memory=device.type == "cuda",
     )
-    step = TrainStep(model, criterion).to(device)
     if args.selftest:
         return selftest(args, step, data, val_loader, size)
+    if args.dry_run:
+        trainer = build_trainer(args, step, recipe, device, precision, len(train_loader))
+        return dry_run(args, trainer, data, recipe, (train_loader, val_loader), size)
 
     # ---- where: the run's own folder, with everything beside the results that is needed to do it again --------------
     run = resumed.path.parents[1] if resumed else shared_new_run(args.project, args.name, args.exist_ok)
@@ -117,23 +120,9 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     logger.say(f"{recipe.assigner['name']} + {recipe.loss['name']}, {precision.name} on {device}, {run}")
 
     # ---- how: optimiser, average, schedule ---------------------------------------------------------------------------
-    if args.channels_last:
-        step.to(memory_format=torch.channels_last)
-    if args.sync_bn:
-        step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
-    if args.compile:
-        model.compile(mode=args.compile, dynamic=False)
-    trainer = Trainer(
-        step,
-        optim=recipe.optim,
-        device=device,
-        precision=precision,
-        num_batches=len(train_loader),
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        report=BadBatches(run, train_loader, logger),
-    )
-    best, patience = Best(), 0 if args.noval else args.patience
+    trainer = build_trainer(args, step, recipe, device, precision, len(train_loader))
+    trainer.report = BadBatches(run, train_loader, logger)
+    best = Best()
     saver = Saver(
         store,
         trainer,
@@ -152,7 +141,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
 
     # ---- the epochs: a run that continues may begin anywhere in one --------------------------------------------------
     def is_over() -> bool:
-        return trainer.epoch >= args.epochs or best.is_stale(trainer.epoch - 1, patience)
+        return best.ends(trainer.epoch, args.epochs, patience)
 
     with interrupts.between_steps():
         while not is_over():
@@ -248,6 +237,7 @@ def begin(args: argparse.Namespace):
     before, path = resumed.meta["args"], resumed.path
     args = parse_args(sys.argv[1:], before | {"set": []})  # flags given again are compared
     args.set = args.set or before["set"]
+    args.batch_size = before["batch_size"] if args.batch_size == AUTO else args.batch_size
     refuse_changes(before, vars(args), path)
     return args, parse_cfg(resumed.meta["cfg"], f"{path}[cfg]"), make_recipe(resumed.meta["recipe"], path), resumed
 
@@ -284,6 +274,76 @@ def build_network(args: argparse.Namespace, cfg, names: list[str], resumed):
     params, flops = (sum(getattr(layer, name) for layer in model.graph.layers) for name in ("params", "flops"))
     say(f"{cfg.path}: {len(model.layers)} layers, {params / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP")
     return model, (height, width), cfg.with_options([(cfg.net, key, value) for key, value in kept])
+
+
+def build_trainer(args: argparse.Namespace, step, recipe, device, precision, num_batches: int):
+    """The network with its optimiser and average, as the flags say."""
+    import torch
+    from torch import nn
+
+    from utils.trainer import Trainer
+
+    if args.channels_last:
+        step.to(memory_format=torch.channels_last)
+    if args.sync_bn:
+        step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
+    if args.compile:
+        step.model.compile(mode=args.compile, dynamic=False)
+    return Trainer(
+        step,
+        optim=recipe.optim,
+        device=device,
+        precision=precision,
+        num_batches=num_batches,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+    )
+
+
+def trial_batches(data, recipe, channels: int, size: tuple[int, int]):
+    """A function: how many pictures -> a batch as full and large as training may have."""
+    from utils.plan import trial_batch
+
+    largest = tuple(round(side * max(recipe.augment.multi_scale) / 32) * 32 for side in size)
+    return lambda num: trial_batch(data.train, num, largest, channels, mosaic=recipe.augment.mosaic > 0)
+
+
+def automatic_batch(step, data, recipe, device, precision, size: tuple[int, int]) -> int:
+    """Pictures of a batch over all processes: those of a whole step of the recipe, or as many as memory holds."""
+    from utils.distributed import broadcast, is_main, world_size
+    from utils.plan import fitting_batch
+
+    num = None
+    if is_main():
+        most = max(1, min(recipe.optim.nominal_batch, len(data.train)) // world_size())
+        make = trial_batches(data, recipe, step.model.channels, size)
+        num, line = fitting_batch(step, make, device, precision, most=most)
+        print(line)
+    return broadcast(num) * world_size()
+
+
+def dry_run(args: argparse.Namespace, trainer, data, recipe, loaders, size: tuple[int, int]) -> None:
+    """What this training will take. Raises ResourceError where it would not come to its end."""
+    from datetime import datetime
+
+    from models.predictor import Predictor
+    from utils.distributed import world_size
+    from utils.plan import measure
+
+    if world_size() > 1:
+        raise UserError("--dry-run", "measures one process", "python train.py without torchrun")
+    model, precision = trainer.ema.module, trainer.precision
+    plan = measure(
+        trainer,
+        *loaders,
+        Predictor(model, device=trainer.device, conf_thres=0.001, iou_thres=0.6, amp=precision.autocast),
+        trial_batches(data, recipe, model.channels, size),
+        num_evaluations=1 if args.noval else args.epochs + 1,
+        save_period=args.save_period,
+        project=args.project,
+    )
+    print(plan.table(datetime.now()))
+    plan.refuse()
 
 
 def selftest(args: argparse.Namespace, step, data, val_loader, size: tuple[int, int]) -> None:

@@ -29,6 +29,10 @@ class Best:
         """Whether the best was ``patience`` epochs ago or more; never with patience 0."""
         return 0 < patience <= epoch - self.epoch
 
+    def ends(self, done: int, epochs: int, patience: int) -> bool:
+        """Whether a training is over after ``done`` epochs of ``epochs``."""
+        return done >= epochs or self.is_stale(done - 1, patience)
+
     def restore(self, values: Mapping[str, float]) -> None:
         """The inverse of ``as_dict``."""
         self.fitness, self.epoch = values["fitness"], values["epoch"]

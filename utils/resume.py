@@ -14,6 +14,7 @@ from typing import Any
 from utils.checkpoint import SUFFIX
 from utils.errors import UserError
 from utils.files import write_text
+from utils.fitness import Best
 from utils.logger import finite_or_none
 from utils.run import WEIGHTS, find_run, numbered_runs
 from utils.store import Found
@@ -23,7 +24,7 @@ SUMMARY = "summary.json"  # the last file that a run writes
 MAY_CHANGE = {
     *("epochs", "patience", "device", "workers", "cache", "precision", "channels_last", "sync_bn", "compile"),
     *("project", "name", "exist_ok", "nosave", "noval", "save_period", "save_interval", "show_assignments", "debug"),
-    *("selftest", "resume", "allow_data_change", "max_bad", "strict", "max_pixels", "allow_truncated"),
+    *("dry_run", "selftest", "resume", "allow_data_change", "max_bad", "strict", "max_pixels", "allow_truncated"),
 }
 
 
@@ -74,9 +75,12 @@ def write_summary(run: Path, values: Mapping[str, Any]) -> None:
     write_text(run / SUMMARY, json.dumps(finite_or_none(values), indent=1) + "\n")
 
 
-def is_finished(resumed: Found) -> bool:
-    """Whether everything was done and written for the epochs that a checkpoint has."""
-    path = resumed.path.parents[1] / SUMMARY
+def is_finished(resumed: Found, epochs: int, patience: int) -> bool:
+    """Whether a training ends with the epochs that a checkpoint has, and everything was written for them."""
+    path, best = resumed.path.parents[1] / SUMMARY, Best()
+    best.restore(resumed.meta["best"])
+    if not best.ends(resumed.meta["epoch"], epochs, patience):
+        return False
     try:
         return json.loads(path.read_bytes())["epochs"] == resumed.meta["epoch"]
     except (OSError, ValueError, KeyError, TypeError):  # not written, or by somebody else: it will be

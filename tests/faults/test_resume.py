@@ -231,8 +231,12 @@ def test_t14_an_early_stopped_run_is_finished(runs):
     )
     meta = read_checkpoint(run / "weights" / "last.safetensors")[1]
     assert meta["epoch"] < 9
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     again = runs.resume(run)
-    assert again.code == 0 and read_checkpoint(run / "weights" / "last.safetensors")[1]["epoch"] == meta["epoch"]
+    assert again.code == 0 and "nothing to do" in again.out
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert runs.resume(run, "--patience", str(meta["epoch"] + 1)).code == 0  # a larger patience goes on
+    assert read_checkpoint(run / "weights" / "last.safetensors")[1]["epoch"] > meta["epoch"]
 
 
 def test_auto_begins_continues_and_ends(runs):
