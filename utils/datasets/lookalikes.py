@@ -1,8 +1,9 @@
 """Pictures that show the same, whatever their size, compression or brightness: duplicates, and leaks between splits.
 
-A difference hash of 64 bits finds who may be alike, without comparing all with all; a thumbnail decides. Measured on
-448 photographs: each other size, JPEG quality or brightness is found, a crop by 2 % nearly always, and of 50,000 pairs
-of different pictures none but two frames of one scene. Mirrored and rotated copies are not looked for.
+A difference hash of 64 bits finds who may be alike, without comparing all with all; the details of a thumbnail decide
+(without what is smooth: pictures before one backdrop are not the same). Measured on 406 photographs: every copy of
+another size or JPEG quality is found, 404 of those made brighter, 400 of those cropped by 2 %; of 82,000 pairs of
+different ones none is taken, nor of 870,000 of drawn shapes. Mirrored and rotated copies are not looked for.
 """
 
 import hashlib
@@ -20,8 +21,9 @@ from utils.errors import UserError
 from utils.files import read_bytes
 
 MAX_DISTANCE = 7  # bits of 64; below 8 differences, one of the 8 bytes is equal
-MIN_LIKENESS = 0.95  # correlation of two thumbnails
+MIN_LIKENESS = 0.9  # correlation of the details of two thumbnails
 THUMBNAIL = 16  # pixels a side
+SMOOTH = 5  # pixels of it over which what is no detail is averaged
 MIN_CONTRAST = 1.0  # grey levels: a picture of one colour is like no other
 ROWS_AT_ONCE = 256
 THREADS = 4
@@ -35,7 +37,7 @@ class Look:
     header: Header
     digest: bytes  # of the file
     hash: np.ndarray  # uint8 [8]
-    thumbnail: np.ndarray  # float32 [256], mean 0, length 1 (shorter where there is no contrast)
+    details: np.ndarray  # float32 [256] of a thumbnail, mean 0, length 1 (shorter where there is no contrast)
 
 
 def look_at(path: str, limits: Limits) -> Look:
@@ -44,13 +46,14 @@ def look_at(path: str, limits: Limits) -> Look:
     data = read_bytes(path, "a picture")
     grey = decode_image(data, 1, where=path, limits=limits)[..., 0]
     small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
-    thumbnail = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
-    thumbnail -= thumbnail.mean()
+    thumbnail = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).astype(np.float32)
+    details = (thumbnail - cv2.blur(thumbnail, (SMOOTH, SMOOTH))).ravel()
+    details -= details.mean()
     return Look(
         header=header,
         digest=hashlib.sha256(data).digest(),
         hash=np.packbits(small[:, 1:] > small[:, :-1]),
-        thumbnail=thumbnail / max(float(np.linalg.norm(thumbnail)), MIN_CONTRAST * THUMBNAIL),
+        details=details / max(float(np.linalg.norm(details)), MIN_CONTRAST * THUMBNAIL),
     )
 
 
@@ -76,7 +79,7 @@ def same_pictures(looks: Sequence[Look]) -> list[tuple[int, int]]:
     found = {pair for block in range(8) for pair in _near(hashes, block)}
     first: dict[bytes, int] = {}
     copies = {(first.setdefault(look.digest, number), number) for number, look in enumerate(looks)}
-    alike = {(i, k) for i, k in found if looks[i].thumbnail @ looks[k].thumbnail > MIN_LIKENESS}
+    alike = {(i, k) for i, k in found if looks[i].details @ looks[k].details > MIN_LIKENESS}
     return sorted(alike | {(i, k) for i, k in copies if i < k})
 
 

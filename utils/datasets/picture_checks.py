@@ -11,6 +11,7 @@ from utils.datasets.quarantine import refuse_bad
 from utils.errors import QuarantineError, UserError
 from utils.structures import Record
 
+NAMED = 3  # members of a group beside its first
 SUFFIXES = {  # of formats whose name is not their only one
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "BMP": (".bmp", ".dib"),
@@ -103,6 +104,7 @@ def _same(members: list[tuple[str, Record]], exam: Exam) -> Place:
     digests = {exam.looks[record.path].digest for _, record in members}
     labels = {tuple(sorted(record.labels.tolist())) for _, record in members}
     how = "the same bytes" if len(digests) == 1 else "nearly the same"
-    others = "  ".join(f"[{split}] {record.path}" for split, record in members[1:])
+    others = "  ".join(f"[{split}] {record.path}" for split, record in members[1 : 1 + NAMED])
+    others += f" and {len(members) - 1 - NAMED} more" * (len(members) - 1 > NAMED)
     told = f"{how} as {others}" + ", labelled otherwise" * (len(labels) > 1)
     return Place(f"[{members[0][0]}] {members[0][1].path}", told, tuple(Shown(record) for _, record in members))

@@ -33,7 +33,7 @@ def test_as_comparing_all_with_all(tmp_path):
     for i, first in enumerate(looks):
         for k in range(i + 1, len(looks)):
             bits = np.unpackbits(first.hash ^ looks[k].hash).sum()
-            alike = bits <= MAX_DISTANCE and first.thumbnail @ looks[k].thumbnail > MIN_LIKENESS
+            alike = bits <= MAX_DISTANCE and first.details @ looks[k].details > MIN_LIKENESS
             expected += [(i, k)] * bool(alike or first.digest == looks[k].digest)
     assert same_pictures(looks) == expected and len(expected) > 20
 
@@ -58,3 +58,15 @@ def test_what_does_not_decode_is_an_error_beside_the_others(tmp_path):
     looks = look_at_all([good, bad], LIMITS)
     assert looks[good].header.format == "PNG" and isinstance(looks[bad], UserError)
     assert same_pictures([]) == [] == same_pictures([looks[good]])
+
+
+def test_one_backdrop_is_not_one_picture(tmp_path):
+    """The generated data set: smooth backgrounds, each with other shapes."""
+    ramp = np.linspace(60, 200, 160)[None].repeat(120, 0)
+    paths = []
+    for number in range(12):
+        image = ramp.astype(np.uint8)
+        for x, y, side in np.random.default_rng(number).integers((5, 5, 10), (120, 80, 40), (3, 3)).tolist():
+            cv2.rectangle(image, (x, y), (x + side, y + side), 255 - side, -1)
+        paths.append(save(tmp_path / f"{number}.png", image))
+    assert same_pictures([look_at(path, LIMITS) for path in paths]) == []
