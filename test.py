@@ -115,6 +115,7 @@ def main(args: argparse.Namespace | None = None):
 
     # say it
     print(result.table(verbose=args.verbose))
+    print(result.coco_table())
     save_evaluation_plots(result, folder)
     if args.save_json:
         print(f"COCO results: {predictions.write_json(data.category_ids)}")

@@ -102,7 +102,10 @@ def test_files_and_pycocotools_agree(place, tmp_path, capsys):
     result = run("--weights", place / "net.safetensors", "--data", place / "data.yaml", *flags)
     folder = tmp_path / "exp"
     assert 0.1 < result.map < result.map50 < 0.9, "neither perfect nor hopeless, or the comparison is empty"
-    assert result.ranked is not None and "voc12" in capsys.readouterr().out
+    words = capsys.readouterr().out.split()
+    assert result.ranked is not None and "voc12" in words
+    for name, value in result.coco.items():
+        assert words[words.index(name) + 1] == ("n/a" if np.isnan(value) else f"{value:.3f}")
 
     data = read_dataset(place / "data.yaml", "val")
     stats = coco_numbers(truth_of(data.records, data.names), folder / "predictions.json")

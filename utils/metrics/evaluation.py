@@ -102,13 +102,10 @@ class Evaluation:
         return notes
 
     def coco_table(self) -> str:
-        """The twelve COCO numbers, four to a line."""
-        items = list(self.coco.items())
-        return "\n".join(
-            align(
-                [[text for name, value in items[i : i + 3] for text in (name, _number(value))] for i in range(0, 12, 3)]
-            )
-        )
+        """The twelve COCO numbers of the boxes, then of the masks where there are some, three to a line."""
+        numbers = self.coco | {f"mask-{name}": value for name, value in (self.segm or {}).items()}
+        texts = [text for name, value in numbers.items() for text in (name, _number(value))]
+        return "\n".join(align([texts[start : start + 6] for start in range(0, len(texts), 6)]))
 
 
 def align(rows: list[list[str]]) -> list[str]:
