@@ -143,17 +143,20 @@ def hsv(sample: Sample, augment: Augment, rng, out=None) -> Sample:
 
 def flip(sample: Sample, augment: Augment, rng, out=None) -> Sample:
     """Mirrored left-right and upside down, each with its probability."""
-    mirrored = rng.random(2) < (augment.fliplr, augment.flipud)  # along x, along y
-    if not mirrored.any():
+    left_right, upside_down = rng.random(2).tolist()
+    mirrored = left_right < augment.fliplr, upside_down < augment.flipud
+    if not any(mirrored):
         return sample
-    image, sides = sample.image, np.array(sample.image.shape[1::-1], np.float32)
-    signs, starts = np.where(mirrored, -1, 1).astype(np.float32), np.where(mirrored, sides, 0)
-    order = [2 * mirrored[0], 1 + 2 * mirrored[1], 2 - 2 * mirrored[0], 3 - 2 * mirrored[1]]
-    return sample.replace(
-        image=cv2.flip(image, FLIP_CODES[tuple(mirrored.tolist())], dst=out).reshape(image.shape),
-        boxes=(sample.boxes * np.tile(signs, 2) + np.tile(starts, 2))[:, order],
-        outlines=sample.outlines_after(lambda corners: corners * signs + starts),
-    )
+    image, boxes = sample.image, sample.boxes.copy()
+    corners = None if sample.outlines is None else sample.outlines.corners.copy()
+    for axis in (0, 1):
+        if mirrored[axis]:
+            side = image.shape[1 - axis]
+            boxes[:, axis::2] = side - boxes[:, axis::2][:, ::-1]
+            if corners is not None:
+                corners[:, axis] = side - corners[:, axis]
+    image = cv2.flip(image, FLIP_CODES[mirrored], dst=out).reshape(image.shape)
+    return sample.replace(image=image, boxes=boxes, outlines=sample.outlines_after(lambda _: corners))
 
 
 # ---------------------------------------------------------------------------------------------- matrices
