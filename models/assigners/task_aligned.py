@@ -188,7 +188,8 @@ def best_of_each(pairs: Pairs, num_objects: int, count: int) -> tuple[Tensor, Te
 def normalised(pairs: Pairs, chosen: Tensor, taken: Tensor, num_objects: int) -> Tensor:
     """Weights [N * k], float32: alignment / best alignment * best IoU of the object's slots; 0 where not ``taken``."""
     target = pairs.target[chosen]
-    alignment, overlap = pairs.alignment[chosen] * taken, pairs.overlap[chosen] * taken
+    # not times taken: a box that is no number stays one, and what fills up a table may be such a box
+    alignment, overlap = (torch.where(taken, values[chosen], 0) for values in (pairs.alignment, pairs.overlap))
     best_alignment, best_overlap = (
         values.new_zeros(num_objects).scatter_reduce(0, target, values, "amax")[target]
         for values in (alignment, overlap)

@@ -1,6 +1,7 @@
 """ATSS, task-aligned assignment and FCOS centre sampling: equal to their peers, and their rules one by one."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -309,6 +310,19 @@ def test_looking_at_few_pairs_equals_looking_at_all(monkeypatch, variant):
         assert torch.equal(getattr(few, name), getattr(every, name)), name
     torch.testing.assert_close(few.weight, every.weight)  # pow of a vector and of its rest may differ in the last bit
     assert (few.weight > 0).sum() > 10
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_slot_that_is_no_number_spoils_no_other(variant):
+    """The first slot, which fills up the table of an object with few candidates."""
+    priors = fcos_priors(STRIDES, SIZE)
+    targets = made([[30, 30, 50, 50]])
+    boxes = torch.cat([priors.center - 10, priors.center + 10], dim=1)
+    preds = aligned_preds(priors, boxes, torch.full((len(priors), 1), 0.5))
+    expected = build_targets(preds, targets, TaskAligned(variant=variant, topk=50))
+    preds.boxes[0, 0] = math.nan
+    found = build_targets(preds, targets, TaskAligned(variant=variant, topk=50))
+    assert 0 < (expected.weight > 0).sum() < 50 and torch.equal(found.weight, expected.weight)
 
 
 def test_weight_is_the_best_iou_at_the_best_slot():
