@@ -168,7 +168,7 @@ class Trainer:
         try:
             sums = self._gradients(group, mine)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if world_size() > 1:  # the others are in the middle of an exchange: no way back
                 raise self._no_memory(mine, error) from error
@@ -187,7 +187,7 @@ class Trainer:
         try:
             return self._gradients(group, batches)
         except (RuntimeError, MemoryError) as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise self._no_memory(batches, error) from error
             raise
 
@@ -308,6 +308,6 @@ COUNTERS = (
 )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """torch has a type of its own for a GPU; for the CPU's memory there is only a text."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -6,6 +6,7 @@ from pathlib import Path
 from utils.arguments import add_bad_data, count, minutes, whole
 
 ROOT = Path(__file__).resolve().parents[1]
+AUTO = "auto"
 
 MOVED = {  # flags of other trainers that say how a network is taught
     "--adam": "--set optimizer=adam",
@@ -15,6 +16,11 @@ MOVED = {  # flags of other trainers that say how a network is taught
     "--label-smoothing": "--set label_smoothing=0.1",
     "--accumulate": "--set nominal_batch=64",
 }
+
+
+def count_or_auto(text: str) -> int | str:
+    """A whole number from 1, or ``auto``."""
+    return AUTO if text == AUTO else count(text)
 
 
 def parse_args(argv: list[str], defaults: dict | None = None, *, description: str = "") -> argparse.Namespace:
@@ -37,7 +43,13 @@ def parse_args(argv: list[str], defaults: dict | None = None, *, description: st
 
     how = parser.add_argument_group("how long, how large")
     how.add_argument("--epochs", type=count, default=50, help="times through the training pictures (default: 50)")
-    how.add_argument("--batch-size", type=count, default=16, help="images of a batch, over all processes")
+    how.add_argument(
+        "--batch-size",
+        type=count_or_auto,
+        default=16,
+        metavar="N",
+        help="images of a batch, over all processes; auto: those of a whole step, or as many as memory holds",
+    )
     how.add_argument(
         "--img-size",
         "--imgsz",
@@ -64,6 +76,11 @@ def parse_args(argv: list[str], defaults: dict | None = None, *, description: st
     how.add_argument("--seed", type=whole, default=0)
 
     instead = parser.add_argument_group("before a training, instead of it")
+    instead.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="20 steps, then what it will take: time, memory, disk; refuses what does not fit, writes nothing",
+    )
     instead.add_argument(
         "--selftest",
         action="store_true",
