@@ -15,7 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.metrics.flat import FlatDetections, FlatTruths, falling_places, order_by, overlapping_pairs, precision_at
+from utils.metrics.flat import (
+    FlatDetections,
+    FlatTruths,
+    falling_places,
+    mean_of_known,
+    order_by,
+    overlapping_pairs,
+    precision_at,
+)
 
 AREA_RANGES = {
     "all": (0.0, 1e10),
@@ -45,16 +53,15 @@ class CocoResult:
 
     def numbers(self) -> dict[str, float]:
         """The twelve numbers of the COCO table; nan where no class has a truth."""
-        out = {"AP": _mean(self.precision[0]), "AP50": _mean(self.precision[0, 0]), "AP75": _mean(self.precision[0, 5])}
+        out = {
+            "AP": mean_of_known(self.precision[0]),
+            "AP50": mean_of_known(self.precision[0, 0]),
+            "AP75": mean_of_known(self.precision[0, 5]),
+        }
         sizes = {name: a for a, name in enumerate(AREA_RANGES) if name != "all"}
-        out |= {f"AP{name}": _mean(self.precision[a]) for name, a in sizes.items()}
-        out |= {f"AR{num}": _mean(recall[0]) for num, recall in self.recall.items()}
-        return out | {f"AR{name}": _mean(self.recall[MAX_DETECTIONS][a]) for name, a in sizes.items()}
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
+        out |= {f"AP{name}": mean_of_known(self.precision[a]) for name, a in sizes.items()}
+        out |= {f"AR{num}": mean_of_known(recall[0]) for num, recall in self.recall.items()}
+        return out | {f"AR{name}": mean_of_known(self.recall[MAX_DETECTIONS][a]) for name, a in sizes.items()}
 
 
 def evaluate_coco(

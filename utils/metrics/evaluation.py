@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from utils.metrics.curves import Curves
+from utils.metrics.flat import mean_of_known
 from utils.metrics.ranked import RankedResult
 
 NOT_APPLICABLE = "n/a"
@@ -47,8 +48,8 @@ class Evaluation:
     def scalars(self) -> dict[str, float]:
         """Names and values for logs; nan where there is nothing to measure."""
         out = {
-            "precision": _mean(self.precision),
-            "recall": _mean(self.recall),
+            "precision": mean_of_known(self.precision),
+            "recall": mean_of_known(self.recall),
             "mAP50": self.map50,
             "mAP50-95": self.map,
         }
@@ -64,7 +65,7 @@ class Evaluation:
         """Aligned text: a row for all classes and, if ``verbose``, one per class."""
         head = ["Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95"]
         values = [self.precision, self.recall, self.ap[0], self.ap.mean(axis=0)]
-        means = [_mean(self.precision), _mean(self.recall), self.map50, self.map]
+        means = [mean_of_known(self.precision), mean_of_known(self.recall), self.map50, self.map]
         if self.segm:
             head += ["mask50", "mask50-95"]
             values += [self.segm_ap[0], self.segm_ap.mean(axis=0)]
@@ -115,11 +116,6 @@ def align(rows: list[list[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))])
         for row in rows
     ]
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
 
 
 def _number(value: float) -> str:

@@ -147,6 +147,12 @@ def overlapping_pairs(
     return tuple(np.concatenate(column) for column in zip(*pairs))
 
 
+def mean_of_known(values: np.ndarray) -> float:
+    """Over what is not nan; nan where nothing is known."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
 def precision_at(points: np.ndarray, cell, recall, precision, num_cells: int) -> np.ndarray:
     """Best precision at a recall of at least each point.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.metrics.flat import FlatDetections, FlatTruths, overlapping_pairs, precision_at
+from utils.metrics.flat import FlatDetections, FlatTruths, mean_of_known, overlapping_pairs, precision_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,6 @@ class RankRule:
     reaches: Callable  # (overlap, threshold) -> bool
     prefer: Callable  # (overlap, ignored) -> how much a detection wants a truth
     mean: Callable  # over the classes that have truths, or over all
-
-
-def _over_known(ap: np.ndarray) -> float:
-    known = ap[~np.isnan(ap)]
-    return float(known.mean()) if known.size else float("nan")
 
 
 def _over_all(ap: np.ndarray) -> float:
@@ -43,7 +38,7 @@ def _by_counting_then_overlap(overlap: np.ndarray, ignored: np.ndarray) -> np.nd
     return overlap + 2.0 * ~ignored
 
 
-VOC = {"reaches": np.greater_equal, "prefer": _by_overlap, "mean": _over_known}
+VOC = {"reaches": np.greater_equal, "prefer": _by_overlap, "mean": mean_of_known}
 DARKNET = {"reaches": np.greater, "prefer": _by_counting_then_overlap, "mean": _over_all}
 RANK_RULES = {
     "voc07": RankRule(points=np.linspace(0, 1, 11), **VOC),  # rounded like the devkit's: 0.1 * 6 lies above 9 / 15
