@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"cfg": "cfg", "weights file": "weights", "names file": "data"}  # where the project keeps each kind
 
 
+FEW = 6  # names of classes that an error shows
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """A network in eval mode, the names of its classes, and what its file said about itself."""
@@ -65,8 +68,10 @@ def load_network(weights: str | Path, *, cfg: str | Path | None = None, names: l
         tensors, meta = read_checkpoint(path)
         network = read_cfg(find_file(cfg, "cfg")) if cfg else parse_cfg(meta["cfg"], f"{path}[cfg]")
         if names and list(names) != meta["names"]:
-            found = f"was trained on the classes {', '.join(meta['names'])}; asked for are {', '.join(names)}"
-            raise UserError(path, found, "names must agree in number, spelling and order")
+            found = f"was trained on the classes {_few(meta['names'])}; asked for are {_few(names)}"
+            same = [mine == wanted for mine, wanted in zip(meta["names"], names)]
+            place = (*same, False).index(False)
+            raise UserError(path, found, f"they part at class {place}: names must agree in number, spelling and order")
         names = meta["names"]
         model = Darknet(network)
         load_module(model, without_prefix("ema", tensors) or without_prefix("model", tensors), path)
@@ -122,8 +127,8 @@ def load_networks(
     return networks
 
 
-def _few(names: list[str]) -> str:
-    return f"{len(names)} classes, {', '.join(names[:4])}" + ", ..." * (len(names) > 4)
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:FEW]) + f", ... ({len(names)} in all)" * (len(names) > FEW)
 
 
 def _fill(model: Darknet, path: Path) -> None:

@@ -60,13 +60,18 @@ def test_a_cfg_with_the_wrong_class_count_follows_the_names(tmp_path):
     assert same(load_network(tmp_path / "net.weights", cfg=tmp_path / "net.cfg", names=NAMES).model, grid_network())
 
 
-@pytest.mark.parametrize("names", [["square"], ["bar", "square"], ["Square", "bar"]])
-def test_names_of_a_checkpoint_are_binding(tmp_path, names):
+@pytest.mark.parametrize(
+    "names, place",
+    [(["square"], 1), (["bar", "square"], 0), (["Square", "bar"], 0), ([*NAMES, *map(str, range(80))], 2)],
+)
+def test_names_of_a_checkpoint_are_binding(tmp_path, names, place):
     path = write_grid_network(tmp_path / "net.safetensors")
     with pytest.raises(
-        UserError, match=r"trained on the classes square, bar; asked for are .*number, spelling and order"
-    ):
+        UserError,
+        match=rf"trained on the classes square, bar; asked for are .*part at class {place}: .*spelling and order",
+    ) as caught:
         load_network(path, names=names)
+    assert len(caught.value.message) < 120 and ("82 in all" in caught.value.message) == (len(names) > 6)
 
 
 def test_another_network(tmp_path):
