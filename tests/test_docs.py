@@ -57,3 +57,17 @@ def test_the_page_of_assigners_knows_them_all():
     systems = {row for row in table if len(row) > 1 and row[0] in ASSIGNERS}
     assert {row[0] for row in systems} == set(ASSIGNERS)
     assert {row[-1] for row in systems} == set(LOSSES)
+
+
+@pytest.mark.parametrize("twin", sorted((ROOT / "docs").glob("*.zh.md")), ids=page)
+def test_chinese_twins_have_the_same_commands_tables_and_tests(twin):
+    """Two pages that say the same: code blocks to the byte, sections, tables, and the code that they name, in order."""
+    original = twin.with_name(twin.name.replace(".zh.md", ".md"))
+    chinese, english = (file.read_text(encoding="utf-8") for file in (twin, original))
+    assert f"]({twin.name})" in english and f"]({original.name})" in chinese
+    for what in (r"^```.*?^```", r"^#+ |^\|(?= ---)", r"\d\.\d+", r"\btest_[a-z0-9_]+\b"):
+        assert found(what, chinese) == found(what, english), what
+
+
+def found(what: str, text: str) -> list[str]:
+    return re.findall(what, text, flags=re.MULTILINE | re.DOTALL)
