@@ -35,6 +35,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     from models.assignment_pictures import sheets
     from models.darknet_weights import write_weights
     from models.foreign import foreign_to_darknet
+    from models.head_losses import head_losses
     from models.losses import TrainStep, build_criterion
     from models.predictor import Predictor
     from utils import distributed
@@ -182,6 +183,9 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
                 save(["best"] * is_better + [f"epoch{epoch}"] * bool(keep_every))
             if epoch == 0:  # not before it: tracing takes a second that a person would wait for the first step
                 logger.graph(trainer.ema.module, torch.zeros(1, model.channels, *size, device=device))
+            if gallery.followed_batch and distributed.world_size() == 1:
+                with logger.guard("the losses of the heads"):
+                    logger.curves(head_losses(trainer.ema.module, criterion, gallery.followed_batch), epoch)
             if args.show_assignments and scalars:
                 gallery.sheets("assignments", lambda: sheets(trainer.ema.module, next(iter(val_loader))), epoch)
     if trainer.epoch < args.epochs:

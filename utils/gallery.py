@@ -28,6 +28,7 @@ class Gallery:
         self.folder, self.names, self.logger, self.num_batches = folder, names, logger, num_batches
         self.guard = logger.guard if logger else nullcontext
         self.num_val = 0
+        self.followed_batch: Batch | None = None  # the same after every epoch
 
     def train(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; the first of them are drawn with their targets on the way."""
@@ -54,6 +55,7 @@ class Gallery:
 
         def observe(batch: Batch, detections: list[Detections]) -> None:
             if not seen:
+                self.followed_batch = batch
                 with self.guard("pictures of the epochs"):
                     drawn = [_with_detections(batch, row, detections[row], self.names) for row in _rows(batch)]
                     self._save("val_batch0_epoch", drawn, epoch)

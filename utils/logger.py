@@ -114,6 +114,13 @@ class Logger:
             if self.tensorboard is not None:
                 self.tensorboard.add_image(name, image, epoch, dataformats="HWC")
 
+    def curves(self, values: Mapping[str, float], epoch: int) -> None:
+        """Numbers of an epoch for TensorBoard alone."""
+        with self.guard("TensorBoard"):
+            for name, value in values.items():
+                if self.tensorboard is not None:
+                    self.tensorboard.add_scalar(name, value, epoch)
+
     def graph(self, model: nn.Module, images: Tensor) -> None:
         """The network as a picture of its operations, traced on ``images`` (float)."""
         with self.guard("the TensorBoard graph"), warnings.catch_warnings():
