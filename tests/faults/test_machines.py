@@ -115,7 +115,7 @@ def no_matplotlib() -> None:
     [
         pytest.param(broken_tensorboard, 1, id="T28-tensorboard-fails"),
         pytest.param(no_tensorboard, 1, id="T28-no-tensorboard"),
-        pytest.param(broken_plots, 5, id="T28-plots-fail"),
+        pytest.param(broken_plots, 6, id="T28-plots-fail"),
         pytest.param(no_matplotlib, 0, id="T28-no-matplotlib"),
     ],
 )
