@@ -17,12 +17,12 @@ import numpy as np
 from utils.datasets.formats.coco import read_coco
 from utils.datasets.formats.description import describe, read_names
 from utils.datasets.formats.pictures import Source
-from utils.datasets.formats.rows import KEPT, POLICIES, QUARANTINED, Annotated, Problem, Problems
+from utils.datasets.formats.rows import KEPT, QUARANTINED, Annotated, Problem, Problems
 from utils.datasets.formats.voc import read_voc
 from utils.datasets.formats.writers import COCO, DARKNET, VOC, YOLO, Writer
 from utils.datasets.formats.yolo import read_yolo
 from utils.datasets.limits import LIMITS, Limits
-from utils.errors import QuarantineError, UserError, nearest
+from utils.errors import QuarantineError, UserError
 from utils.structures import Record
 
 
@@ -111,15 +111,14 @@ class DataSet:
         return "\n".join(lines)
 
 
-def read_dataset(
-    path: str | Path, split: str = "train", *, policy: str = "clip", masks: bool = False, limits: Limits = LIMITS
-) -> DataSet:
+def read_dataset(path: str | Path, split: str = "train", *, masks: bool = False, limits: Limits = LIMITS) -> DataSet:
     """Read the annotations of one split, and the size of each of its pictures; no picture is decoded.
+
+    What happens to bad rows: see ``formats/rows.py``.
 
     Args:
         path: see ``formats/description.py``.
         split: ``train``, ``val`` or ``test`` (VOC: any list of ``ImageSets/Main``).
-        policy: what happens to bad boxes: ``clip``, ``drop`` or ``fatal``, see ``formats/rows.py``.
         masks: read the outlines of the objects, too; a row without one that can be used is a bad row.
         limits: which pictures are taken.
 
@@ -128,9 +127,7 @@ def read_dataset(
             where they are wanted.
         QuarantineError: every picture had to be set aside.
     """
-    if policy not in POLICIES:
-        raise UserError(f"policy '{policy}'", "no such policy", nearest(policy, POLICIES))
-    problems = Problems(policy)
+    problems = Problems()
     path = Path(os.path.expanduser(path))  # noqa: PTH111  (pathlib's raises where there is no such user)
     source = replace(describe(path, split, problems), masks=masks, limits=limits)
     if masks and source.format not in WITH_OUTLINES:

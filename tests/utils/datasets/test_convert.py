@@ -69,7 +69,7 @@ def written(folder, records, format, **options):
         picture(folder / writer.pictures.format(split="train") / name, record.size)
     writer.write(folder, Split("train", placed, NAMES, tuple(range(3, 3 + len(NAMES)))))
     writer.describe(folder, ["train"], NAMES)
-    again = read_dataset(folder / writer.description, "train", policy="fatal", **options)
+    again = read_dataset(folder / writer.description, "train", **options)
     assert again.names == NAMES and [p for p in again.problems if p.action != "kept"] == []
     return sorted(again.records, key=lambda record: record.path)
 

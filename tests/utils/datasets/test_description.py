@@ -102,5 +102,3 @@ def test_missing_splits_folders_and_pictures(tmp_path):
     for nothing in (tmp_path / "empty", tmp_path / "missing.yaml", picture(tmp_path / "x.png")):
         with pytest.raises(UserError, match=r"no data set|no such data set|not a data set"):
             read_dataset(nothing)
-    with pytest.raises(UserError, match="did you mean 'clip'"):
-        read_dataset(path, policy="clp")

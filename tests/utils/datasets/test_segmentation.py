@@ -116,8 +116,6 @@ def test_an_unusable_segmentation_costs_its_row_where_masks_are_wanted(tmp_path,
     assert sorted(reasons) == sorted([(reason, "row dropped")] * 2 + [quarantined])
     assert "instances.json image 1" in str(data.problems[0])
     assert sum(len(record.labels) for record in read_dataset(path).records) == 3  # boxes alone do not mind
-    with pytest.raises(UserError, match=reason):
-        read_dataset(path, policy="fatal", masks=True)
 
 
 def test_a_bad_polygon_beside_a_good_one_is_left_out_and_counted(tmp_path):

@@ -58,8 +58,6 @@ def test_a_bad_row_costs_itself_and_is_counted_with_its_line(tmp_path, row):
     (problem,) = data.problems
     assert problem.where.endswith(f"{os.sep}a.txt:4") and problem.reason == BAD_ROWS[row]
     assert f"1 x {problem.reason} (row dropped)" in data.summary() and "a.txt:4" in data.summary()
-    with pytest.raises(UserError, match=r"a\.txt:4: "):
-        read_dataset(path, policy="fatal")
 
 
 @pytest.mark.parametrize("row", ["0 0.5 0.5 0.25", "0 nan 0.5 0.25 0.5", "0 0.5 0.5 0 0.5"])
@@ -150,10 +148,6 @@ def test_boxes_over_the_border(tmp_path):
         ("a", "clipped"),
         ("b", "clipped"),
     ]
-    drop = read_dataset(path, policy="drop")
-    assert [len(record.labels) for record in drop.records] == [1, 1, 1]
-    with pytest.raises(UserError, match=r"a\.txt:1: box over the border"):
-        read_dataset(path, policy="fatal")
 
 
 def test_duplicates_are_removed_and_counted(tmp_path):

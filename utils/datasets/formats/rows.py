@@ -1,12 +1,11 @@
 """From annotated rows to a record: what is clipped, dropped or set aside, and where that is counted.
 
-The rules, the same for every format (policy ``clip`` is the default):
+The rules, the same for every format:
 
-* A box over the border by no more than a thousandth of the picture's side is rounding: cut back, counted, never fatal;
+* A box over the border by no more than a thousandth of the picture's side is rounding: cut back and counted;
   by no more than the last digit of a six-digit label: cut back and not even counted.
-* A box further over the border is cut back and kept where at least a tenth of its area remains (``clip``), or its row
-  is dropped (``drop``). What no rule can save - text, NaN, no width, outside - is dropped by both.
-* ``fatal`` raises at the first row that ``clip`` would have changed or dropped.
+* A box further over the border is cut back and kept where at least a tenth of its area remains. What no rule can
+  save - text, NaN, no width, outside - is dropped.
 * A bad row never costs its picture. A picture all of whose rows are bad is quarantined: taken out of the set and
   counted, because as a background it would teach that nothing is there.
 """
@@ -24,7 +23,6 @@ from utils.errors import UNPRINTABLE, UserError, printable
 from utils.files import read_bytes
 from utils.structures import Outlines, Record
 
-POLICIES = ("clip", "drop", "fatal")
 CLIPPED, DROPPED, DOUBLE, QUARANTINED, KEPT = "clipped", "row dropped", "counted once", "picture quarantined", "kept"
 LAST_DIGIT = 2e-6  # of a side: two roundings (center and size) of a label with six decimals
 ROUNDING = 1e-3  # of a side: what sloppier writers leave
@@ -68,16 +66,12 @@ class Problem(NamedTuple):
 
 @dataclass
 class Problems:
-    """Collects problems; under policy ``fatal`` one that costs anything is raised instead."""
+    """Collects problems: what was found, and what was done about it."""
 
-    policy: str = "clip"
     entries: list[Problem] = field(default_factory=list)
 
     def add(self, path: object, line: int | None, reason: str, found: object = "", action: str = DROPPED) -> None:
-        problem = Problem(printable(path), line, reason, printable(found), action)
-        if self.policy == "fatal" and action != KEPT:
-            raise UserError(problem.where, f"{reason}{': ' * bool(problem.found)}{problem.found}")
-        self.entries.append(problem)
+        self.entries.append(Problem(printable(path), line, reason, printable(found), action))
 
     def add_some(self, path: object, reason: str, places: Sequence[Path]) -> None:
         """One entry for what is true of many pictures and costs none of them."""
@@ -127,7 +121,7 @@ def make_record(
         rows: what could be read at all.
         num_bad: rows that could not; they are counted already, but decide whether the picture can stay.
         source: the annotation file, for problems.
-        problems: where to count, and by which policy.
+        problems: where to count.
         min_area: least area of a usable box, square pixels; 0 takes anything with a width and a height.
         image_id: the data set's own id.
         masks: keep the outlines of the rows.
@@ -185,12 +179,10 @@ def _fit(row: Row, size: tuple[int, int], source: object, problems: Problems, mi
     if over <= LAST_DIGIT:
         return box
     if over <= ROUNDING:
-        found = _text(row.box)
-        problems.entries.append(Problem(str(source), row.line, "box over the border by rounding", found, CLIPPED))
+        problems.add(source, row.line, "box over the border by rounding", _text(row.box), CLIPPED)
         return box
-    action = DROPPED if problems.policy == "drop" else CLIPPED
-    problems.add(source, row.line, "box over the border of its picture", _outside(row, size), action)
-    return None if action == DROPPED else box
+    problems.add(source, row.line, "box over the border of its picture", _outside(row, size), CLIPPED)
+    return box
 
 
 def _outside(row: Row, size: tuple[int, int]) -> str:
