@@ -71,7 +71,10 @@ def load_network(weights: str | Path, *, cfg: str | Path | None = None, names: l
             found = f"was trained on the classes {_few(meta['names'])}; asked for are {_few(names)}"
             same = [mine == wanted for mine, wanted in zip(meta["names"], names)]
             place = (*same, False).index(False)
-            raise UserError(path, found, f"they part at class {place}: names must agree in number, spelling and order")
+            hint = f"they part at class {place}: names must agree in number, spelling and order"
+            if list(names) == sorted(meta["names"]):  # in YOLO files a number would then mean another class
+                hint += "; of a VOC folder classes are sorted: a data yaml with 'format: voc' and 'names:' orders them"
+            raise UserError(path, found, hint)
         names = meta["names"]
         model = Darknet(network)
         load_module(model, without_prefix("ema", tensors) or without_prefix("model", tensors), path)
@@ -86,7 +89,9 @@ def load_network(weights: str | Path, *, cfg: str | Path | None = None, names: l
         except UserError as error:
             if not changes:
                 raise
-            raise UserError(path, f"not for the {len(names)} classes that are named: {error.message}") from error
+            found = f"not for the {len(names)} classes that are named: {error.message}"
+            hint = f"name the classes it was trained on; for new ones, train.py --weights {path} starts from it"
+            raise UserError(path, found, hint) from error
     if cfg and (noticed := (*network.warnings, *model.graph.problems)):
         print(f"warning: {listing(noticed)}", file=sys.stderr)
     names = names or [f"class{number}" for number in range(model.num_classes)]

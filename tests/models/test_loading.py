@@ -49,7 +49,7 @@ def test_files_that_need_a_cfg(tmp_path, kind):
         load_network(path)
     with pytest.raises(UserError, match=r"not for the 3 classes that are named: ") as caught:
         load_network(path, cfg=tmp_path / "net.cfg", names=["a", "b", "c"])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and f"train.py --weights {path} starts from it" in caught.value.hint
 
 
 def test_a_cfg_with_the_wrong_class_count_follows_the_names(tmp_path):
@@ -71,6 +71,7 @@ def test_names_of_a_checkpoint_are_binding(tmp_path, names, place):
         match=rf"trained on the classes square, bar; asked for are .*part at class {place}: .*spelling and order",
     ) as caught:
         load_network(path, names=names)
+    assert ("a data yaml with 'format: voc' and 'names:'" in caught.value.hint) == (names == sorted(NAMES))
     assert len(caught.value.message) < 120 and ("82 in all" in caught.value.message) == (len(names) > 6)
 
 
