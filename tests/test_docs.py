@@ -1,12 +1,18 @@
 """What the pages promise exists: every test that an answer names, every page, picture and file that is linked."""
 
+import contextlib
+import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from models.assigners import ASSIGNERS
 from models.losses import LOSSES
+from utils.config import read_recipe
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -71,3 +77,38 @@ def test_chinese_twins_have_the_same_commands_tables_and_tests(twin):
 
 def found(what: str, text: str) -> list[str]:
     return re.findall(what, text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """What a reader types: ``python ...`` between backticks and in blocks, lines that go on joined."""
+    start = r"(?:python|torchrun --nproc_per_node \d) "
+    return re.findall(start + r"((?:-m )?(?:train|test|detect|models|utils)\.[^`\n#]+)", text.replace("\\\n", " "))
+
+
+@functools.cache
+def flags_of(program: str) -> set[str]:
+    command = [sys.executable, *program.split(), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", done.stdout))
+
+
+@functools.cache
+def recipe_takes(override: str) -> bool:
+    """Whether ``--set`` may say so to some recipe: keys of an assigner or a loss belong to that one."""
+    for file in (ROOT / "cfg/hyp").glob("*.yaml"):
+        with contextlib.suppress(UserError):
+            read_recipe(file, [override])
+            return True
+    return False
+
+
+@pytest.mark.parametrize("file", PAGES, ids=page)
+def test_every_command_of_a_page_has_its_flags(file):
+    text = file.read_text(encoding="utf-8")
+    if file.name == "coming-from.md":  # the left column is other programs' own
+        text = "\n".join(line.split(" | ", 1)[-1] for line in text.splitlines())
+    for command in commands(text):
+        program = re.match(r"(?:-m )?[\w.]+", command).group()
+        asked = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", command.removeprefix(program)))
+        assert not asked - flags_of(program), command
+    assert not [pair for pair in re.findall(r"--set (\w[\w.]*=[\w.,]+)", text) if not recipe_takes(pair)]
