@@ -184,6 +184,13 @@ def test_what_is_taken_when_the_data_is_read_is_measured(place, tmp_path):
     assert run(*flags, "--allow-truncated").num_images == 2
 
 
+def test_strict_promises_only_what_is_checked(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    help = " ".join(capsys.readouterr().out.split())
+    assert "nothing may be set aside" in help and "two splits" not in help
+
+
 MISTAKES = {
     "protocol": (["--protocol", "voc11"], r"^--protocol: no such protocol: 'voc11' \(did you mean 'voc1?[0-9]+'\?\)"),
     "no weights": (["--weights", "none.weights"], r"^none\.weights: no such weights file"),

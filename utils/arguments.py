@@ -99,8 +99,8 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_bad_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """What may be wrong with the data."""
+def add_bad_data(parser: argparse.ArgumentParser, more: str = "") -> argparse._ArgumentGroup:
+    """What may be wrong with the data; ``more`` says what else a script is strict about."""
     group = parser.add_argument_group("what may be wrong with the data")
     group.add_argument(
         "--max-bad",
@@ -114,7 +114,7 @@ def add_bad_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         dest="max_bad",
         action="store_const",
         const=0.0,
-        help="same as --max-bad 0: nothing may be set aside, and no picture may be in two splits",
+        help="same as --max-bad 0: nothing may be set aside" + more,
     )
     add_limits(group)
     return group

@@ -113,7 +113,7 @@ def parse_args(argv: list[str], defaults: dict | None = None, *, description: st
         help="torch.compile the network, each size of batch once; reduce-overhead: with CUDA graphs",
     )
 
-    add_bad_data(parser)
+    add_bad_data(parser, ", and no picture may be in two splits")
 
     output = parser.add_argument_group("what to write, and where")
     output.add_argument("--project", default="runs/train", help="folder of all runs")
