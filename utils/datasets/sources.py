@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import cv2
 
@@ -113,7 +113,9 @@ def _is_recording(text: str) -> bool:
 
 
 def _as_path(text: str) -> Path:
-    """A path as typed, ``~`` looked up. (pathlib's own raises where there is no such user.)"""
+    """A path as typed, ``~`` looked up (pathlib's own raises where there is no such user), or of a ``file://``."""
+    if text.startswith("file://"):
+        return Path(unquote(text.removeprefix("file://")))
     return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
@@ -146,7 +148,7 @@ def _paths(text: str) -> list[Path]:
             raise UserError(path, f"the folder cannot be read: {error.strerror}", "may you read it?") from error
         return _usable(files, path, f"no picture or video in this folder; '{path}/**/*' looks below it, too")
     if listed := _listed(path):
-        return [path.parent / line for line in listed]
+        return [path.parent / _as_path(line) for line in listed]
     if kind(path):
         return [path]
     # pathlib has no glob for absolute patterns

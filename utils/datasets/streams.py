@@ -23,8 +23,8 @@ LATENCIES = 1000  # the last ones count
 
 
 def is_live(text: str) -> bool:
-    """Whether this is a camera number or a stream address."""
-    return text.isdecimal() or "://" in text
+    """Whether this is a camera number or a stream address. (``file://`` is neither.)"""
+    return text.isdecimal() or ("://" in text and not text.startswith("file://"))
 
 
 @dataclass

@@ -203,3 +203,14 @@ def test_opencv_keeps_its_log_level(folder):
     with pytest.raises(UserError):
         open_source("98", retries=0)
     assert log.getLogLevel() == before
+
+
+def test_file_addresses_are_paths(folder):
+    write_picture(folder / "ü 1.png", 10)
+    (folder / "addresses.txt").write_text(f"{(folder / 'b.png').as_uri()}\ndeep/c.png\n")
+    assert names((folder / "ü 1.png").as_uri()) == ["ü 1.png"]
+    assert names((folder / "v.avi").as_uri(), stride=5) == ["v.avi"]
+    assert names("addresses.txt") == ["b.png", "c.png"]
+    for nothing in ((folder / "x.jpg").as_uri(), "file:///a%00b.png"):
+        with pytest.raises(UserError, match="no such file, folder or pattern"):
+            open_source(nothing)
