@@ -108,7 +108,6 @@ def main(args: argparse.Namespace | None = None) -> None:
     names, size, predict = detector.names, detector.size, detector.predict
 
     # the pictures; the first one is read before anything is written
-    check_codec(args.fourcc)
     source = open_source(
         args.source,
         channels=detector.channels,
@@ -118,6 +117,8 @@ def main(args: argparse.Namespace | None = None) -> None:
         say=partial(tqdm.write, file=sys.stderr),
     )
     streams = source.streams
+    if source.has_videos and not args.nosave:
+        check_codec(args.fourcc)
     folder = new_run(args.project, args.name, exist_ok=args.exist_ok)
     writer = ResultWriter(
         folder=folder,

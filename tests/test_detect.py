@@ -210,6 +210,12 @@ def test_ctrl_c_keeps_what_was_done(place, tmp_path, monkeypatch):
     assert len(found_in(tmp_path / "exp")) == 2 and written[0].is_file()
 
 
+@pytest.mark.parametrize("flags, source", [((), "pictures"), (("--nosave",), "video.avi")])
+def test_a_codec_matters_where_a_video_is_written(place, tmp_path, flags, source):
+    run(place, tmp_path, "--fourcc", "WHAT", "--save-txt", *flags, source=source)
+    assert list((tmp_path / "exp" / "labels").iterdir())
+
+
 MISTAKES = {
     "no weights": (["--weights", "none.weights"], r"^none\.weights: no such weights file"),
     "no cfg": (["--weights", "PLACE/net.weights"], r"net\.weights: .*\(add --cfg"),
@@ -231,7 +237,7 @@ MISTAKES = {
     "device": (["--device", "99"], r"^--device 99: no such GPU"),
     "half": (["--half", "--device", "cpu"], r"fp16: needs a CUDA device"),
     "name": (["--name", "../x"], r"expected a plain folder name"),
-    "codec": (["--fourcc", "WHAT"], r"^--fourcc WHAT: this OpenCV cannot write"),
+    "codec": (["--fourcc", "WHAT", "--source", "PLACE/video.avi"], r"^--fourcc WHAT: this OpenCV cannot write"),
     "source": (["--source", "nothing.jpg"], r"^nothing\.jpg: no such file, folder or pattern"),
     "empty folder": (["--source", "PLACE/empty"], r"empty: no picture or video in this folder"),
     "pattern": (["--source", "PLACE/net.*"], r"none of the 3 files of this pattern"),

@@ -33,6 +33,7 @@ class Source:
     name: str  # as typed, without passwords
     frames: Iterator[Frame]
     num_files: int = 1
+    has_videos: bool = False  # or streams: frames that make a video
     total: int | None = None  # frames to come, if known
     streams: Streams | None = None  # cameras and streams: frames come when they come
     unread: list[str] = field(default_factory=list)  # files, with the reasons
@@ -84,11 +85,12 @@ def open_source(
     """
     addresses = [text] if is_live(text) else _listed_addresses(text)
     if _is_recording(text):
-        source = Source(without_password(text), iter(()))
+        source = Source(without_password(text), iter(()), has_videos=True)
         source.frames = _read_video(text, source.name, channels, stride, source)
     elif addresses:
         streams = Streams(addresses, channels=channels, stride=stride, retries=retries, say=say)
-        source = Source(streams.streams[0].name if addresses == [text] else text, iter(streams), streams=streams)
+        name = streams.streams[0].name if addresses == [text] else text
+        source = Source(name, iter(streams), has_videos=True, streams=streams)
     else:
         source = _open_files(text, channels, stride, limits)
     first = next(source.frames, None)
@@ -170,8 +172,8 @@ def _usable(files, where: object, message: str) -> list[Path]:
 def _open_files(text: str, channels: int, stride: int, limits: Limits) -> Source:
     """Still pictures and videos, one after the other. A file that is alone must be readable."""
     paths = _paths(text)
-    source = Source(text, iter(()), num_files=len(paths))
-    if not any(map(_is_video, paths)):
+    source = Source(text, iter(()), num_files=len(paths), has_videos=any(map(_is_video, paths)))
+    if not source.has_videos:
         source.total = len(paths)
 
     def frames() -> Iterator[Frame]:
