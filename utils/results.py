@@ -4,6 +4,7 @@ Every file appears whole or not at all: it is written beside its name and rename
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from utils.files import atomic_write, write_text
 from utils.structures import Batch, Detections, Record
 
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # side in pixels that a format can hold, where that is few
 ROOM = 1 << 24  # bytes of a disk that a video leaves, so that what was written of it can be ended
 MAX_TICKS = 65535  # MPEG-4 counts time in at most so many parts of a second
 
@@ -33,12 +35,25 @@ def safe_name(text: str) -> str:
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """RGB or grey uint8 [H, W, C] to a file in the format its suffix names."""
+    """RGB or grey uint8 [H, W, C] to a file in the format its suffix names.
+
+    Raises:
+        UserError: the format cannot hold it.
+        ResourceError: the disk is full.
+    """
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.shape[2] == 3 else image
     encoded, data = cv2.imencode(path.suffix, bgr)
-    assert encoded, f"OpenCV cannot encode {path.suffix}"
+    if not encoded:
+        height, width = image.shape[:2]
+        raise UserError(path, f"a picture of {width} x {height} pixels cannot be written as {path.suffix}")
     with atomic_write(path) as file:
         file.write(data.tobytes())
+
+
+def written_suffix(suffix: str, image: np.ndarray) -> str:
+    """Of the file a picture goes to: as asked for, ``.jpg`` for what is no format, ``.png`` where it is too long."""
+    suffix = suffix.lower() if suffix.lower() in WRITABLE else ".jpg"
+    return suffix if max(image.shape[:2]) <= LONGEST.get(suffix, math.inf) else ".png"
 
 
 def _without_query(path: str) -> str:
@@ -149,8 +164,8 @@ class ResultWriter:
         if self.save_crop:
             self._write_crops(numbered, frame, detections)
         if drawn is not None and frame.fps is None:
-            suffix = Path(frame.path).suffix.lower()
-            write_image(self._new(f"{stem}{suffix if suffix in WRITABLE else '.jpg'}", frame), drawn)
+            suffix = written_suffix(Path(frame.path).suffix, drawn)
+            write_image(self._new(f"{stem}{suffix}", frame), drawn)
         elif drawn is not None:
             # a frame stands for those dropped before it: a second of a stream lasts a second
             self._video_for(frame, stem).append(drawn, times=1 + frame.num_dropped)
@@ -194,7 +209,8 @@ class ResultWriter:
             if x2 > x1 and y2 > y1:
                 folder = self.folder / "crops" / safe_name(self.names[label])
                 folder.mkdir(parents=True, exist_ok=True)
-                write_image(folder / f"{stem}_{number}.jpg", frame.image[y1:y2, x1:x2])
+                crop = frame.image[y1:y2, x1:x2]
+                write_image(folder / f"{stem}_{number}{written_suffix('.jpg', crop)}", crop)
 
     def _video_for(self, frame: Frame, stem: str) -> "VideoFile":
         """The open output of this frame's video; the previous one is finished when another begins."""

@@ -100,6 +100,23 @@ def test_json(tmp_path):
     assert two["frame"] == 7 and two["detections"] == []
 
 
+@pytest.mark.parametrize("suffix, side", [(".jpg", 65501), (".jpeg", 65501), (".webp", 16384)])
+def test_a_picture_too_long_for_its_format_becomes_a_png(tmp_path, suffix, side):
+    writer = ResultWriter(folder=tmp_path, names=["cat"], save_crop=True)
+    shown = frame(f"long{suffix}", size=(1, side))
+    writer.write(shown, some([0, 0, side, 1]), shown.image)
+    np.testing.assert_array_equal(read_image(tmp_path / "long.png"), shown.image)
+    crop = "long_0.png" if side > 65500 else "long_0.jpg"
+    assert read_image(tmp_path / "crops" / "cat" / crop).shape[:2] == (1, side)
+    assert {file.name for file in tmp_path.iterdir()} == {"long.png", "crops"}
+
+
+def test_a_picture_that_no_encoder_takes_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"x\.jpg: a picture of 65501 x 1 pixels cannot be written as \.jpg"):
+        write_image(tmp_path / "x.jpg", np.zeros((1, 65501, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_videos_one_after_the_other(tmp_path):
     writer = ResultWriter(folder=tmp_path, names=["cat"])
     for path, num in (("a/v.avi", 3), ("b/v.avi", 2)):
