@@ -18,9 +18,11 @@ from tiny import tiny_batch, tiny_step
 
 from utils.datasets import workers as processes
 from utils.datasets.loader import Draw
+from utils.datasets.ring import Ring
 from utils.datasets.workers import Loader, check_room
 from utils.errors import ResourceError, UserError
 from utils.failpoints import VARIABLE
+from utils.memory import HostMemory
 from utils.optim import Optim
 from utils.run import PRECISIONS
 from utils.trainer import Trainer
@@ -189,14 +191,33 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_t24_too_little_shared_memory(monkeypatch, tmp_path, seen):
+    """Docker's 64 MB hold what boxes take; pictures go through memory that no mount limits."""
     monkeypatch.setattr(processes, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64_000_000, 0, 64_000_000))
+    free = 64 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
     batch_bytes = 16 * 3 * 416 * 416
     check_room(0, batch_bytes)
-    check_room(0 + 1, 8_000_000)
-    line = refused(lambda: check_room(2, batch_bytes), where="--workers 2", says="has 64 MB free", exit_code=5)
+    check_room(8, batch_bytes)
+    free = 2**20
+    line = refused(lambda: check_room(2, batch_bytes), where="--workers 2", says="has 1 MB free", exit_code=5)
     assert "--shm-size" in line and "--workers 0" in line
     seen(line)
+
+
+def test_pictures_on_their_way_need_memory(monkeypatch):
+    monkeypatch.setattr(HostMemory, "room", lambda self: 10**9)
+    check_room(2, 10**7)
+    line = refused(lambda: check_room(2, 10**8), where="--workers 2", says="1000 MB of memory", exit_code=5)
+    assert "--batch-size" in line and "--workers" in line
+
+
+@pytest.mark.skipif(not processes.SHARED_MEMORY.is_dir(), reason="no /dev/shm on this system")
+def test_t24_counts_what_a_ring_takes(tmp_path):
+    """The slots of a ring, written all over, take nothing of what is counted there."""
+    before = shutil.disk_usage(processes.SHARED_MEMORY).free
+    ring = Ring(1, 1, 2**26)
+    ring.memory[:] = 1
+    assert before - shutil.disk_usage(processes.SHARED_MEMORY).free < 2**25
 
 
 def full_shared_memory() -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from utils.datasets.ring import Ring
 from utils.errors import ResourceError, UserError
 from utils.failpoints import failpoint
+from utils.memory import HostMemory
 
 try:
     import resource
@@ -39,7 +40,8 @@ POLL = 5.0  # seconds between two looks at whether the processes live
 PATIENCE = 300.0  # seconds without a batch, after which a process is said to hang
 DIED, TIMED_OUT, INSIDE = "DataLoader worker (pid", "DataLoader timed out", "Caught "  # how torch's errors begin
 HANGS = "no answer"
-SHARED_MEMORY = Path("/dev/shm")  # where batches wait, on Linux
+SHARED_MEMORY = Path("/dev/shm")  # where boxes wait, on Linux; pictures have memory of their own (``Ring``)
+BOXES_BYTES = 2**18  # of a batch on its way: some thousand boxes, or some hundred with masks
 OPEN_FILES, FILES_PER_BATCH = 128, 8  # of a program; of a batch on its way
 
 
@@ -71,8 +73,7 @@ class Loader:
     ):
         self.dataset, self.batch_sampler, self.make_batch = dataset, batch_sampler, make_batch
         self.workers, self.pin_memory, self.batch_bytes = workers, pin_memory, batch_bytes
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        self.context = multiprocessing.get_context(method)
+        self.context = multiprocessing.get_context("fork" if _can_fork() else None)
         self.loader: DataLoader | None = None
         self.ring: Ring | None = None
         self.doing = self.context.Array("q", workers, lock=False)  # 1 + the record that each is reading, or 0
@@ -246,21 +247,31 @@ def _as_it_is(batch: object) -> object:
 # ---------------------------------------------------------------------------------------------- before they start
 
 
+def _can_fork() -> bool:
+    return "fork" in multiprocessing.get_all_start_methods()
+
+
 def check_room(workers: int, batch_bytes: int) -> None:
-    """Whether batches of two loaders (training and validation) find room on their way. Raises the limit of open files
+    """Whether batches of two loaders (training and validation) find room on their way: boxes in the system's shared
+    memory, pictures, ``batch_bytes`` each, in that of ``Ring``, which no mount limits. Raises the limit of open files
     as far as the system lets it.
 
     Raises:
-        ResourceError: too little shared memory, too few open files.
+        ResourceError: too little memory, shared or not, too few open files.
     """
     if not workers:
         return
     where, batches = f"--workers {workers}", 2 * workers * PREFETCH
     if SHARED_MEMORY.is_dir():
-        free, needed = shutil.disk_usage(SHARED_MEMORY).free, batches * batch_bytes
+        free, needed = shutil.disk_usage(SHARED_MEMORY).free, batches * BOXES_BYTES
         if free < needed:
-            found = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, batches on their way need {needed / 1e6:.0f} MB"
+            found = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, boxes on their way need {needed / 1e6:.0f} MB"
             raise ResourceError(where, found, "docker run --shm-size 2g, or --workers 0")
+    if _can_fork():
+        room, needed = HostMemory().room(), batches * batch_bytes
+        if room < needed:
+            found = f"{room / 1e6:.0f} MB of memory, pictures on their way need {needed / 1e6:.0f} MB"
+            raise ResourceError(where, found, "fewer --workers, or a smaller --batch-size")
     if resource is not None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = OPEN_FILES + FILES_PER_BATCH * batches
