@@ -21,6 +21,7 @@ from utils.datasets.capture import Frame, quiet_opencv
 from utils.errors import ResourceError, UserError
 from utils.evaluate import coco_results, segmentations, with_segmentations
 from utils.files import atomic_write, write_text
+from utils.json_list import JsonList
 from utils.structures import Batch, Detections, Record
 
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -142,8 +143,12 @@ class ResultWriter:
     side_by_side: bool = False  # frames of several videos alternate, as those of streams do
 
     _stems: Stems = field(default_factory=Stems)
-    _json: list[dict] = field(default_factory=list)
+    _json: JsonList | None = None
     _videos: dict[str, "VideoFile"] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.save_json:
+            self._json = JsonList(self.folder / "detections.json")
 
     def write(self, frame: Frame, detections: Detections, drawn: np.ndarray | None = None) -> None:
         """Write everything asked for about one frame (boxes in its own pixels).
@@ -159,7 +164,7 @@ class ResultWriter:
         numbered = stem if frame.fps is None else f"{stem}_{frame.number:06d}"
         if self.save_txt:
             write_labels(self.folder, numbered, detections, frame.image.shape[:2], with_score=self.save_conf)
-        if self.save_json:
+        if self._json:
             self._json.append(self._entry(frame, detections))
         if self.save_crop:
             self._write_crops(numbered, frame, detections)
@@ -173,8 +178,8 @@ class ResultWriter:
     def close(self) -> None:
         """Whatever goes wrong with one file, the others are finished."""
         with ExitStack() as stack:
-            if self.save_json:
-                stack.callback(lambda: write_text(self.folder / "detections.json", json.dumps(self._json, indent=1)))
+            if self._json:
+                stack.callback(self._json.close)
             for video in self._videos.values():
                 stack.callback(video.close)
             self._videos = {}

@@ -10,7 +10,7 @@ import torch
 
 from utils.datasets.images import read_image
 from utils.datasets.sources import Frame
-from utils.errors import UserError
+from utils.errors import ResourceError, UserError
 from utils.results import (
     Predictions,
     ResultWriter,
@@ -114,6 +114,44 @@ def test_a_picture_too_long_for_its_format_becomes_a_png(tmp_path, suffix, side)
 def test_a_picture_that_no_encoder_takes_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"x\.jpg: a picture of 65501 x 1 pixels cannot be written as \.jpg"):
         write_image(tmp_path / "x.jpg", np.zeros((1, 65501, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_json_is_written_as_it_comes(tmp_path, num):
+    """An endless stream fills no memory: entries lie in the part file; at the end it is what json.dumps writes."""
+    writer = ResultWriter(folder=tmp_path, names=["a\nb"], save_json=True)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".part"], "under way"
+    for number in range(num):
+        writer.write(frame(f"{number}.jpg"), some(*[[1, 2, 30, 19]] * number))
+    writer.close()
+    text = (tmp_path / "detections.json").read_text()
+    entries = json.loads(text)
+    assert [len(entry["detections"]) for entry in entries] == list(range(num))
+    assert text == json.dumps(entries, indent=1) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_does_not_stay_in_memory(tmp_path):
+    writer, many = ResultWriter(folder=tmp_path, names=["cat"], save_json=True), some(*[[1, 2, 30, 19]] * 300)
+    for _ in range(20):
+        writer.write(frame(), many)
+    (part,) = tmp_path.iterdir()
+    assert part.stat().st_size > 100_000
+    writer.close()
+
+
+def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
+    resource = pytest.importorskip("resource")
+    writer, many = ResultWriter(folder=tmp_path, names=["cat"], save_json=True), some(*[[1, 2, 30, 19]] * 300)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(ResourceError, match=r"detections\.json: cannot write: File too large"):
+            for _ in range(20):
+                writer.write(frame(), many)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.close()
     assert list(tmp_path.iterdir()) == []
 
 
