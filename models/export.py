@@ -47,8 +47,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace | None = None) -> None:
     """One walk: network -> another format, in memory -> compared -> files."""
+    args = args or parse_args()
     from tqdm import tqdm
 
     from models.exports import EXPORTS
@@ -213,5 +214,4 @@ def write(target: Path, export, meta: dict) -> list[Path]:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_main(lambda: main(arguments))
+    run_main(main)

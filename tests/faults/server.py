@@ -83,7 +83,7 @@ class Server:
         pictures: bool = False,
         before: Callable[[], None] | None = None,
     ) -> Running:
-        """``python SCRIPT ARGS`` under way, one thread, with ``env`` added to the environment.
+        """``python SCRIPT ARGS`` (or ``-m SCRIPT``) under way, one thread, with ``env`` added to the environment.
 
         Without ``pictures`` a run draws no charts and no TensorBoard graph, half of the time of a tiny one. ``before``
         (a function of a module) is called first in the new process: what a mutant changes.
@@ -141,7 +141,7 @@ def _execute(
 
     from utils.errors import run_main
 
-    module = importlib.import_module(Path(script).stem)
+    module = importlib.import_module(script.removesuffix(".py"))
     sys.argv = [script, *args]
     for change in first:
         change()

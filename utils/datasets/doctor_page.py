@@ -85,9 +85,9 @@ def _severity(finding: Finding) -> str:
 
 
 def _finding(finding: Finding, number: int, names: Sequence[str]) -> str:
-    pictured = [place for place in finding.places if place.shown][:MAX_FIGURES]
+    shown = [place for place in finding.places if place.shown]
+    pictured, others = shown[:MAX_FIGURES], shown[MAX_FIGURES:] + [place for place in finding.places if not place.shown]
     figures = "".join(_figure(place, names) for place in pictured)
-    others = [place for place in finding.places if place not in pictured]
     listed = "".join(f"<li>{escape(place.where)}: {escape(place.text)}</li>" for place in others[:MAX_LISTED])
     listed += "<li>...</li>" * (len(others) > MAX_LISTED)
     more = f"<details><summary>{len(others)} {'more' if pictured else 'places'}</summary><ul>{listed}</ul></details>"

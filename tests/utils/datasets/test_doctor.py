@@ -10,8 +10,8 @@ import torch
 from tests.utils.datasets.scenes import save, scene
 from tests.utils.datasets.sets import GOOD, picture, tree_hash, write, yolo_set
 from utils.datasets.doctor import main
-from utils.datasets.doctor_page import _surroundings
-from utils.datasets.findings import Exam
+from utils.datasets.doctor_page import _finding, _surroundings
+from utils.datasets.findings import Exam, Finding, Place, Shown
 from utils.datasets.records import read_dataset
 from utils.datasets.second_opinion import second_opinion
 from utils.errors import QuarantineError, UserError
@@ -229,3 +229,10 @@ def test_page_pictures_are_of_the_boxes_they_are_about():
     left, top, right, bottom = _surroundings(boxes, (1000, 1000))
     assert (left, top) == (0, 0) and right >= 70 and bottom >= 70
     assert _surroundings(np.array([[990.0, 5, 999, 9]]), (100, 1000))[2] == 1000
+
+
+def test_cases_that_read_alike_stand_on_the_page_each(tmp_path):
+    records = read_dataset(sound_set(tmp_path / "set"), "train").records[:2]
+    places = tuple(Place("x.png", "cat", (Shown(record),)) for record in records)
+    text = _finding(Finding(severity="warning", title="alike", places=places), 0, ["cat", "dog"])
+    assert text.count("<img") == 2 and "<details>" not in text
