@@ -67,8 +67,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
         _say_goodbye()
-    except Stopped:
+    except Stopped as stopped:
         _say_goodbye()
+        _store.set(FAILED, f"process {rank()}: {stopped}")  # to whoever was not told
         raise
     except UserError as error:
         _store.set(FAILED, f"process {rank()}: {error}")
@@ -105,7 +106,9 @@ def _say_goodbye() -> None:
     """Process 0 may hold the store: it leaves last."""
     _store.set(f"goodbye/{rank()}", "true")  # not by the number of an exchange, which somebody may still wait for
     for number in range(world_size()) if is_main() else ():
-        _wait_for(f"goodbye/{number}", GOODBYE)
+        for _ in _pauses(GOODBYE):  # also for one that failed
+            if _store.check([f"goodbye/{number}"]):
+                break
 
 
 def _first(error: Exception) -> str:
@@ -190,14 +193,20 @@ def _next_key() -> str:
     return str(_calls)
 
 
-def _wait_for(key: str, patience: float = float("inf")) -> object:
-    """The value of a key, as soon as somebody sets it; None after ``patience`` seconds."""
-    pause, end = 0.001, time.monotonic() + patience
-    while not _store.check([key]):
-        if _store.check([FAILED]):
+def _wait_for(key: str) -> object:
+    """The value of a key, as soon as somebody sets it. Raises ResourceError where somebody left who might have."""
+    for _ in _pauses():
+        failed = _store.check([FAILED])  # first: what was said before it counts
+        if _store.check([key]):
+            return json.loads(_store.get(key))
+        if failed:
             raise ResourceError(f"process {rank()}", f"another process failed: {_store.get(FAILED).decode()}")
-        if time.monotonic() > end:
-            return None
+
+
+def _pauses(patience: float = float("inf")) -> Iterator[None]:
+    """Moments to look, ever further apart, for ``patience`` seconds."""
+    pause, end = 0.001, time.monotonic() + patience
+    while time.monotonic() < end:
+        yield
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
-    return json.loads(_store.get(key))

@@ -42,10 +42,22 @@ LEAVES = """
 import torch
 from utils import distributed as d
 with d.process_group(torch.device("cpu")):
-    if d.rank() == 1:
+    if d.rank() == LEAVER:
         raise d.Stopped("told to end, alone", 0)
-    assert d._wait_for("goodbye/1", 20) is True
-    assert d._wait_for("1/1", 0.1) is None, "a goodbye is no answer"
+    d.GOODBYE = 0.5
+    d.barrier()
+"""
+
+LAST_WORDS = """
+import torch
+from utils import distributed as d
+with d.process_group(torch.device("cpu")):
+    if d.rank() == 1:
+        d.gather("here")
+        raise d.Stopped("told to end, as all", 0)
+    d._store.set("1/0", "0")
+    d._store.wait([d.FAILED])
+    assert d._wait_for("1/1") == "here", "what somebody said before he left is heard"
 """
 
 
@@ -73,15 +85,42 @@ def test_each_process_works_on_its_own_gpu_from_the_start(monkeypatch):
     assert used == [torch.device("cuda", 1)]
 
 
-@pytest.mark.parametrize("code", [TWO, LEAVES], ids=["agree", "one leaves early"])
-def test_two_processes(code):
+def of_two(code: str) -> list[tuple[int, str]]:
+    """Exit codes and standard errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     both = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **group, "RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, **group, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
-    codes = [process.wait(timeout=120) for process in both]
-    assert codes == [0, 0 if code == TWO else 1]  # 1: python's own for what nobody caught
+    try:
+        errors = [process.communicate(timeout=40)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [(process.returncode, error) for process, error in zip(both, errors)]
+
+
+def test_two_processes():
+    assert [code for code, _ in of_two(TWO)] == [0, 0]
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_nobody_waits_for_one_that_was_told_to_stop(leaver):
+    """Before the first step a request to stop is followed at once, by whoever got it."""
+    (left, text), (other, error) = of_two(LEAVES.replace("LEAVER", str(leaver)))[:: 1 if leaver == 0 else -1]
+    assert left == other == 1 and "told to end, alone" in text  # 1: python's own for what nobody caught
+    assert "ResourceError" in error and ("process 1: told to end, alone" in error or leaver == 0)
+
+
+def test_an_answer_counts_after_its_sender_has_left():
+    (heard, error), (left, _) = of_two(LAST_WORDS)
+    assert heard == 0 and left == 1, error
