@@ -43,7 +43,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     from utils.bad_batch import BadBatches
     from utils.checkpoint import load_module, weights_of
     from utils.datasets.limits import Limits
-    from utils.datasets.quarantine import write_quarantine
+    from utils.datasets.quarantine import extend_quarantine, write_quarantine
     from utils.datasets.splits import build_loaders, read_splits
     from utils.evaluate import evaluate, refuse_invalid
     from utils.files import write_text
@@ -114,7 +114,7 @@ def train(args: argparse.Namespace, device, interrupts: Interrupts, held: ExitSt
     if distributed.is_main():
         for name, text in settings(args, recipe, cfg).items():
             write_text(run / name, text)
-        write_quarantine(run, data.problems)
+        (extend_quarantine if resumed else write_quarantine)(run, data.problems)
     for loader in (train_loader, val_loader):
         loader.dataset.quarantine.folder = run
     gallery = Gallery(run, data.names, logger)

@@ -16,7 +16,7 @@ from utils.datasets.formats.rows import DROPPED, KEPT, QUARANTINED, Problem
 from utils.datasets.loader import generator
 from utils.datasets.records import DataSet
 from utils.errors import QuarantineError, UserError
-from utils.files import write_text
+from utils.files import read_bytes, write_text
 
 FILE = "quarantine.jsonl"
 
@@ -43,9 +43,24 @@ def _rounded_up(share: float) -> float:
 
 def write_quarantine(folder: Path, problems: Iterable[Problem]) -> None:
     """``quarantine.jsonl`` of a run: all that was changed or left out; no file where that is nothing."""
-    lines = [_line(problem) for problem in problems if problem.action != KEPT]
+    _write(folder / FILE, _lines(problems))
+
+
+def extend_quarantine(folder: Path, problems: Iterable[Problem]) -> None:
+    """As ``write_quarantine``, of a run that continues: what it has listed stays, and nothing is listed twice."""
+    path = folder / FILE
+    text = read_bytes(path, "a run's list of bad data").decode(errors="replace") if path.exists() else ""
+    before = [f"{line}\n" for line in text.splitlines()]  # the last one may be cut off
+    _write(path, list(dict.fromkeys(before + _lines(problems))))
+
+
+def _write(path: Path, lines: list[str]) -> None:
     if lines:
-        write_text(folder / FILE, "".join(lines))
+        write_text(path, "".join(lines))
+
+
+def _lines(problems: Iterable[Problem]) -> list[str]:
+    return [_line(problem) for problem in problems if problem.action != KEPT]
 
 
 def _line(problem: Problem) -> str:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from utils.datasets.dataset import DetectionDataset
+from utils.datasets.formats.rows import DROPPED, Problem
 from utils.datasets.images import ImageError
-from utils.datasets.quarantine import FILE, Quarantine
+from utils.datasets.quarantine import FILE, Quarantine, extend_quarantine, write_quarantine
 from utils.errors import QuarantineError
 
 BROKEN = ImageError("picture.jpg", "cannot be read")
@@ -50,3 +51,27 @@ def test_a_full_disk_costs_the_line_not_the_run(tmp_path, capsys):
     bad.folder = tmp_path / "vanished"
     bad.add(1, BROKEN)
     assert bad.bad[1] and f"{FILE}: cannot write: No such file" in capsys.readouterr().err
+
+
+def test_a_run_that_continues_keeps_what_it_listed(tmp_path, capsys):
+    """Pictures that vanished while it was under way stand after those of the data set; each line once."""
+    first, second, late = (Problem(f"{name}.txt", 1, "bad row", "x", DROPPED) for name in "abc")
+    write_quarantine(tmp_path, [first])
+    bad = quarantine()
+    bad.folder = tmp_path
+    bad.add(1, BROKEN)
+    lines = (tmp_path / FILE).read_text().splitlines()
+    extend_quarantine(tmp_path, [first, second])
+    assert (tmp_path / FILE).read_text().splitlines()[:2] == lines and len(lines) == 2
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"path": "cut sho')  # killed while it wrote
+    extend_quarantine(tmp_path, [late])
+    names = [line.partition(", ")[0] for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [name[10:].strip('"') for name in names] == ["a.txt", BROKEN.where, "b.txt", "cut sho", "c.txt"]
+    write_quarantine(tmp_path, [late])
+    assert len((tmp_path / FILE).read_text().splitlines()) == 1
+
+
+def test_a_run_that_continues_without_problems_lists_none(tmp_path):
+    extend_quarantine(tmp_path, [])
+    assert not (tmp_path / FILE).exists()
