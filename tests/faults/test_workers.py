@@ -139,6 +139,22 @@ def test_an_abandoned_epoch_leaves_no_process(tmp_path):
     assert list(loader) == WHOLE
 
 
+def test_an_epoch_that_is_given_up_late_ends_its_own_processes(tmp_path):
+    """Two iterators at once: the second one has processes of its own, which the end of the first leaves alone."""
+    loader = loader_of(tmp_path / "done", die, times=0)
+    first, second = iter(loader), iter(loader)
+    assert next(first) == [0, 1]
+    old = set(loader.pids)
+    assert next(second) == [0, 1]
+    new = set(loader.pids)
+    first.close()
+    end = time.monotonic() + 10
+    while any(_lives(pid) for pid in old) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(_lives(pid) for pid in old) and all(_lives(pid) for pid in new)
+    assert [[0, 1], *second] == WHOLE
+
+
 def _lives(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123

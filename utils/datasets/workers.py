@@ -77,7 +77,7 @@ class Loader:
         self.loader: DataLoader | None = None
         self.ring: Ring | None = None
         self.doing = self.context.Array("q", workers, lock=False)  # 1 + the record that each is reading, or 0
-        self.pids = self.context.Array("q", workers, lock=False)
+        self.pids = ()  # of the processes
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -117,21 +117,21 @@ class Loader:
             loader = self._make(draws)
         else:
             loader = self.loader
-        self.loader = None
+        self.loader, pids = None, self.pids
         try:
             batches = _ask(iter, loader)
             _let_children_die_quietly()
             yield from _patiently(batches) if self.workers else batches
             if whole:
-                self.loader = loader
+                self.loader, self.pids = loader, pids
         finally:
-            if self.loader is None:  # died, hung, or not wanted any more: what they still make is of no use
+            if self.loader is not loader:  # died, hung, or not wanted any more: what they still make is of no use
                 for process in multiprocessing.active_children():
-                    if process.pid in set(self.pids):
+                    if process.pid in set(pids):  # those of this loader: another epoch may have begun with its own
                         process.kill()
 
     def _make(self, draws: Sampler | Sequence) -> DataLoader:
-        options = {}
+        options, self.pids = {}, self.context.Array("q", self.workers, lock=False)
         if self.workers:
             options = {"persistent_workers": True, "prefetch_factor": PREFETCH, "multiprocessing_context": self.context}
             options |= {"timeout": POLL, "worker_init_fn": functools.partial(_start_worker, self.pids)}
