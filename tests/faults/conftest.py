@@ -22,6 +22,7 @@ from tiny import CFG, write_pictures  # noqa: E402
 
 HERE = Path(__file__).parent
 ROW = re.compile(r"(?<![A-Za-z0-9])[CWDILTEVXPS]\d{1,2}(?!\d)")
+TEMPORARY = re.compile(r"[^\s'\"]*/pytest-of-[^/\s]+/pytest-\d+/[^/\s:'\"]+/?")  # a test's folder: other each time
 NAME = re.compile(r"(?<=_)[cwdiltevxps]\d{1,2}(?=_|$)")
 
 
@@ -81,7 +82,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
             for row in rows_of(report.nodeid):
                 if outcome != "passed" or report.when == "call":
                     outcomes[row].append(outcome)
-                notes[row] += [text for key, text in report.user_properties if key == "seen"]
+                notes[row] += [TEMPORARY.sub("", text) for key, text in report.user_properties if key == "seen"]
     path.write_text(table(outcomes, notes), encoding="utf-8")
     terminalreporter.write_line(f"fault table: {path}")
 

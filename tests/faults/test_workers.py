@@ -144,15 +144,23 @@ def test_an_epoch_that_is_given_up_late_ends_its_own_processes(tmp_path):
     loader = loader_of(tmp_path / "done", die, times=0)
     first, second = iter(loader), iter(loader)
     assert next(first) == [0, 1]
-    old = set(loader.pids)
+    old = _all_of(loader)
     assert next(second) == [0, 1]
-    new = set(loader.pids)
+    new = _all_of(loader)
     first.close()
     end = time.monotonic() + 10
     while any(_lives(pid) for pid in old) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(_lives(pid) for pid in old) and all(_lives(pid) for pid in new)
     assert [[0, 1], *second] == WHOLE
+
+
+def _all_of(loader) -> set[int]:
+    """The processes of a loader, once each of them has begun."""
+    end = time.monotonic() + 10
+    while 0 in (pids := set(loader.pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return pids
 
 
 def _lives(pid: int) -> bool:
