@@ -20,6 +20,8 @@ from run_state import WITH_NORM, Runs  # noqa: E402
 from server import Server  # noqa: E402
 from tiny import CFG, write_pictures  # noqa: E402
 
+from tests.faults.harness import COLLECTED  # noqa: E402
+
 HERE = Path(__file__).parent
 ROW = re.compile(r"(?<![A-Za-z0-9])[CWDILTEVXPS]\d{1,2}(?!\d)")
 TEMPORARY = re.compile(r"[^\s'\"]*/pytest-of-[^/\s]+/pytest-\d+/[^/\s:'\"]+/?")  # a test's folder: other each time
@@ -36,6 +38,12 @@ def rows_of(nodeid: str) -> list[str]:
 def read_rows(name: str) -> dict[str, dict[str, str]]:
     with (HERE / name).open(encoding="utf-8", newline="") as file:
         return {row["row"]: row for row in csv.DictReader(file)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Notes all tests before the slow ones are left out."""
+    config.stash[COLLECTED] = [(item.path, item.nodeid) for item in items if HERE in item.path.parents]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+COLLECTED = pytest.StashKey[list[tuple[Path, str]]]()  # (file, node) of every test of faults, the slow ones too
 
 
 def refused(call: Callable[[], object], *, where: str = "", says: str = "", exit_code: int = 2) -> str:
