@@ -11,7 +11,7 @@ Darknet is no package: C Darknet does 0.42 / 1.42 of ultralytics' pictures per s
 end to end), so ``DARKNET`` times ours against ultralytics is ours against Darknet.
 *Folder*: detect.py as a whole, drawing and writing, beside the same without a thread for each step; wall time.
 
-CPU time, one thread, but the folder. Peers without network: YOLO_OFFLINE=true YOLO_CONFIG_DIR=/tmp/yolo.
+CPU time, one thread, but the folder. Peers without network: YOLO_OFFLINE=true YOLO_CONFIG_DIR=FOLDER.
 """
 
 import argparse
