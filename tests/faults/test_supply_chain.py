@@ -313,9 +313,10 @@ def zipped(members: dict[str, bytes]) -> bytes:
     return data.getvalue()
 
 
+OUTSIDE = Path(tempfile.gettempdir()) / "matchbox-outside.txt"  # where an absolute name would lead
 ARCHIVES = {
     "S5-traversal": lambda: zipped({"../outside.txt": b"x"}),
-    "S5-absolute": lambda: tar("/tmp/matchbox-outside.txt"),
+    "S5-absolute": lambda: tar(str(OUTSIDE)),
     "S5-symlink": lambda: tar("link", b"", type=tarfile.SYMTYPE, linkname="/etc"),
     "S5-device": lambda: tar("device", b"", type=tarfile.CHRTYPE),
     "S5-bomb-by-ratio": lambda: zipped({"images/a.jpg": b"\0" * 20_000_000}),
@@ -342,4 +343,4 @@ def test_no_archive_is_unpacked(tmp_path, make, suffix, seen):
         ),
     ):
         seen(refused(call, where=str(file)).replace(str(tmp_path), "")[:100])
-    assert tree(tmp_path) == before and not Path("/tmp/matchbox-outside.txt").exists()
+    assert tree(tmp_path) == before and not OUTSIDE.exists()
